@@ -1,0 +1,30 @@
+# `make help` lists the targets.
+PYTHON := .venv/bin/python
+SOURCES := expertmesh expert_service router_service benchmarks examples
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench lock
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make .venv: pinned and hashed CPU packages and this project in development mode
+	@tools/setup
+
+demo: setup ## Serve the demo model on this machine; ONCE=1: one completion, a short load test, stop; HTTP_PORT, GRPC_PORT
+	@$(PYTHON) -m examples.demo $(if $(ONCE),--once) $(if $(HTTP_PORT),--http-port $(HTTP_PORT)) $(if $(GRPC_PORT),--grpc-port $(GRPC_PORT))
+
+test: setup ## Run all tests that need neither a GPU nor a Kubernetes API server; ARGS for pytest
+	@$(PYTHON) -m pytest $(ARGS)
+
+lint: setup ## Check format, style, types, the protocol and who imports whom
+	@tools/lint
+
+format: setup ## Format the code and repair what ruff can
+	@$(PYTHON) -m ruff check --quiet --fix-only .
+	@$(PYTHON) -m ruff format .
+
+bench: setup ## Run the benchmarks; ARGS, e.g. "generate --json FILE"
+	@$(PYTHON) -m benchmarks $(or $(ARGS),generate)
+
+lock: ## Write the lock files again, versions unchanged; UPGRADE=1: newest versions; needs uv on the PATH
+	@python3 requirements/lock.py $(if $(UPGRADE),--upgrade)

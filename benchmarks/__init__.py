@@ -1,0 +1,1 @@
+"""Benchmarks of a running system: `python -m benchmarks NAME --json FILE`."""

@@ -1,0 +1,53 @@
+"""Arguments of the Serve applications, as they stand under `args:` in a Serve config.
+
+A change of an application's args restarts it; replica bounds and Ray resources are therefore not here but in the
+`deployments:` override.
+"""
+
+from __future__ import annotations
+
+from expertmesh.config import EngineSection, Section
+
+DIRECTORY_APPLICATION = "directory"
+DIRECTORY_DEPLOYMENT = "Directory"
+DIRECTORY_ROUTE_PREFIX = "/-/directory"
+"""Serve's gRPC proxy knows only applications that have one; over HTTP nothing answers there."""
+ROUTER_APPLICATION = "router"
+ROUTER_DEPLOYMENT = "LLMServer:Router"
+EXPERTS_DEPLOYMENT = "ExpertReplica"
+
+
+def experts_application(group: str) -> str:
+    return f"experts-{group}"
+
+
+class GroupArgs(Section):
+    """Of `expert_service.app:build`."""
+
+    artifact: str
+    group: str
+    experts: dict[int, str]
+    """MoE layer -> indices, written as `parse_indices` reads them."""
+    num_threads: int = 1
+    device: str = "cpu"
+    """A torch device; `cuda` is the GPU that Ray assigned."""
+    host: str = "127.0.0.1"
+    """Where the gRPC server listens and is announced; `auto`: the node's address."""
+    ports: tuple[int, int] | None = None
+    directory: str = "127.0.0.1:9000"
+    lease_ms: int = 3000
+    max_queued_rows: int = 65536
+
+
+class RouterArgs(Section):
+    """Of `router_service.app:build`."""
+
+    artifact: str
+    name: str
+    """Of the model in the OpenAI API."""
+    engine: EngineSection = EngineSection()
+    directory: str = "127.0.0.1:9000"
+
+
+class DirectoryArgs(Section):
+    """Of `expertmesh.directory.app:build`."""

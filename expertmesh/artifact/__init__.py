@@ -1,0 +1,1 @@
+"""A prepared model on disk: manifest, trunk and experts."""

@@ -1,0 +1,1 @@
+"""Clusters that the command line starts, asks and stops."""

@@ -1,0 +1,99 @@
+"""A cluster config as Ray Serve's own config: one application per group, the directory and the router."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from expertmesh.args import (
+    DIRECTORY_APPLICATION,
+    DIRECTORY_ROUTE_PREFIX,
+    EXPERTS_DEPLOYMENT,
+    ROUTER_APPLICATION,
+    ROUTER_DEPLOYMENT,
+    DirectoryArgs,
+    GroupArgs,
+    RouterArgs,
+    experts_application,
+)
+from expertmesh.artifact.manifest import Manifest
+from expertmesh.config import ClusterConfig, EngineSection, GroupSection
+from expertmesh.experts import format_indices
+
+SERVICER_FUNCTION = "expertmesh.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"
+BOUNDS = {"min_replicas", "max_replicas"}
+
+
+def serve_config(config: ClusterConfig, manifest: Manifest) -> dict[str, Any]:
+    """The body that Ray Serve's REST API takes (ServeDeploySchema), as JSON values.
+
+    Bounds and resources stand under `deployments`, not in an application's args, whose change would restart it. Raises
+    ConfigError where a group names an expert that does not exist.
+    """
+    server = config.server
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": server.host, "port": server.http_port},
+        "grpc_options": {"port": server.grpc_port, "grpc_servicer_functions": [SERVICER_FUNCTION]},
+        "applications": [
+            _application(DIRECTORY_APPLICATION, "expertmesh.directory.app:build", DirectoryArgs().model_dump())
+            | {"route_prefix": DIRECTORY_ROUTE_PREFIX},
+            *(_group_application(config, group, manifest) for group in config.groups),
+            _router_application(config, manifest),
+        ],
+    }
+
+
+def directory_address(config: ClusterConfig) -> str:
+    """Serve's gRPC proxy runs on every node, so a replica or router asks its own."""
+    return f"127.0.0.1:{config.server.grpc_port}"
+
+
+def model_name(config: ClusterConfig, manifest: Manifest) -> str:
+    return config.model.name or manifest.name
+
+
+def _application(name: str, import_path: str, args: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "import_path": import_path, "route_prefix": None, "args": args}
+
+
+def _group_application(config: ClusterConfig, group: GroupSection, manifest: Manifest) -> dict[str, Any]:
+    held = group.expert_sets(manifest)
+    args = GroupArgs(
+        artifact=str(config.model.artifact),
+        group=group.name,
+        experts={layer: format_indices(experts) for layer, experts in sorted(held.items())},
+        num_threads=max(1, math.floor(group.num_cpus)),
+        device="cuda" if group.num_gpus else "cpu",
+        host=config.server.replica_host,
+        ports=config.server.replica_ports,
+        directory=directory_address(config),
+        lease_ms=config.directory.lease_ms,
+        max_queued_rows=group.max_queued_rows,
+    )
+    dumped = args.model_dump(mode="json")
+    dumped["experts"] = {str(layer): experts for layer, experts in dumped["experts"].items()}
+    resources = {"num_cpus": group.num_cpus, "num_gpus": group.num_gpus}
+    deployment = {"name": EXPERTS_DEPLOYMENT, **_bounds(group), "ray_actor_options": resources}
+    application = _application(experts_application(group.name), "expert_service.app:build", dumped)
+    return application | {"deployments": [deployment]}
+
+
+def _router_application(config: ClusterConfig, manifest: Manifest) -> dict[str, Any]:
+    args = RouterArgs(
+        artifact=str(config.model.artifact),
+        name=model_name(config, manifest),
+        engine=config.engine,
+        directory=directory_address(config),
+    )
+    dumped = args.model_dump(mode="json", exclude={"engine": BOUNDS})
+    application = _application(ROUTER_APPLICATION, "router_service.app:build", dumped)
+    deployment = {"name": ROUTER_DEPLOYMENT, **_bounds(config.engine)}
+    return application | {"route_prefix": "/", "deployments": [deployment]}
+
+
+def _bounds(section: GroupSection | EngineSection) -> dict[str, Any]:
+    if section.min_replicas == section.max_replicas:
+        return {"num_replicas": section.min_replicas}
+    limits = {"min_replicas": section.min_replicas, "max_replicas": section.max_replicas}
+    return {"autoscaling_config": limits}

@@ -1,0 +1,1 @@
+"""Who serves what, now: the directory service and its client."""

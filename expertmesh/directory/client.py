@@ -1,0 +1,141 @@
+"""How the others use the directory: read it once, follow it, announce themselves to it.
+
+Connections carry no keep-alive pings, which Ray Serve's proxy takes for abuse; a watch that stays silent for longer
+than several heartbeats is opened again instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Callable
+
+import grpc
+
+from expertmesh.args import DIRECTORY_APPLICATION
+from expertmesh.directory.directory import HEARTBEAT_S
+from expertmesh.errors import ClusterError
+from expertmesh.v1 import directory_pb2 as pb
+from expertmesh.v1 import directory_pb2_grpc
+from expertmesh.wire.channel import MAX_MESSAGE_BYTES
+
+logger = logging.getLogger(__name__)
+
+METADATA = (("application", DIRECTORY_APPLICATION),)
+"""Ray Serve's gRPC proxy finds the application by it."""
+SILENCE_S = 4 * HEARTBEAT_S
+MAX_BACKOFF_S = 2.0
+OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+def list_table(address: str, timeout_s: float = 5.0) -> pb.Table:
+    """The directory's table; raises ClusterError where it does not answer in time."""
+    with grpc.insecure_channel(address, OPTIONS) as channel:
+        stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+        try:
+            return stub.List(pb.ListRequest(), timeout=timeout_s, metadata=METADATA)
+        except grpc.RpcError as error:
+            raise ClusterError(f"directory at {address} does not answer: {_reason(error)}") from None
+
+
+async def watch(address: str) -> AsyncGenerator[pb.Table, None]:
+    """The directory's tables as they come, for ever: a lost connection is opened again, after 0.1 to 2 s."""
+    backoff_s = 0.1
+    while True:
+        try:
+            async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+                call = directory_pb2_grpc.DirectoryServiceStub(channel).Watch(pb.WatchRequest(), metadata=METADATA)
+                while True:
+                    async with asyncio.timeout(SILENCE_S):
+                        table = await call.read()
+                    if not isinstance(table, pb.Table):
+                        break
+                    backoff_s = 0.1
+                    yield table
+            reason = "the stream ended"
+        except grpc.aio.AioRpcError as error:
+            reason = _reason(error)
+        except TimeoutError:
+            reason = f"silent for {SILENCE_S:.0f} s"
+        logger.info("directory at %s: %s; watching again in about %.1f s", address, reason, backoff_s)
+        await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+        backoff_s = min(MAX_BACKOFF_S, 2 * backoff_s)
+
+
+class Announcer:
+    """Keeps one replica's entry alive: announces it every third of the lease and at once after a change.
+
+    `entry` gives the entry as of now. All methods run on one event loop. A directory that is away is tried again with
+    the same rhythm, for ever.
+    """
+
+    def __init__(self, address: str, lease_ms: int, entry: Callable[[], pb.Replica]) -> None:
+        self._address = address
+        self._lease_ms = lease_ms
+        self._entry = entry
+        self._wake = asyncio.Event()
+        self._reached: bool | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    async def start(self) -> None:
+        self._channel = grpc.aio.insecure_channel(self._address, OPTIONS)
+        self._stub = directory_pb2_grpc.DirectoryServiceStub(self._channel)
+        self._task = asyncio.create_task(self._announce_forever())
+
+    def changed(self) -> None:
+        """Announces at once."""
+        self._wake.set()
+
+    async def stop(self) -> None:
+        """Withdraws the entry; a directory that cannot be reached forgets it by its lease."""
+        if self._task is None:
+            return
+        task, self._task = self._task, None
+        task.cancel()
+        await asyncio.wait([task])
+        try:
+            request = pb.WithdrawRequest(replica_id=self._entry().replica_id)
+            await self._stub.Withdraw(request, timeout=2.0, metadata=METADATA)
+        except grpc.aio.AioRpcError as error:
+            logger.info("directory at %s: not withdrawn: %s", self._address, _reason(error))
+        await self._channel.close()
+
+    async def _announce_forever(self) -> None:
+        interval_s = self._lease_ms / 3000
+        while True:
+            self._wake.clear()
+            await self._announce(timeout_s=self._lease_ms / 1000)
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def _announce(self, timeout_s: float) -> None:
+        request = pb.AnnounceRequest(replica=self._entry(), lease_ms=self._lease_ms)
+        try:
+            await self._stub.Announce(request, timeout=timeout_s, metadata=METADATA)
+        except grpc.aio.AioRpcError as error:
+            if self._reached is not False:
+                logger.warning("directory at %s: not announced: %s; going on", self._address, _reason(error))
+            self._reached = False
+            return
+        if self._reached is False:
+            logger.info("directory at %s: announced again", self._address)
+        self._reached = True
+
+
+def _reason(error: grpc.RpcError) -> str:
+    details = (error.details() or "").strip().splitlines()
+    return f"{error.code().name}{': ' + details[0] if details else ''}"

@@ -1,0 +1,55 @@
+"""A directory with a gRPC server of its own, for tests and for use without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from expertmesh.directory.directory import Directory
+from expertmesh.errors import ClusterError, WireError
+from expertmesh.v1 import directory_pb2 as pb
+from expertmesh.v1 import directory_pb2_grpc
+from expertmesh.wire.channel import SERVER_OPTIONS
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    async def Announce(self, request: pb.AnnounceRequest, context: Context) -> pb.AnnounceResponse:
+        try:
+            return self._directory.announce(request)
+        except WireError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise
+
+    async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
+        return self._directory.withdraw(request)
+
+    async def List(self, request: pb.ListRequest, context: Context) -> pb.Table:
+        return self._directory.list()
+
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.Table]:
+        async with aclosing(self._directory.watch()) as tables:
+            async for table in tables:
+                yield table
+
+
+async def start_directory(host: str, port: int) -> tuple[grpc.aio.Server, str]:
+    """A running server on the current event loop and its host:port; port 0 takes any.
+
+    Raises ClusterError where the port is in use.
+    """
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(Directory()), server)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError:
+        raise ClusterError(f"directory: port {port} is in use on {host}") from None
+    await server.start()
+    return server, f"{host}:{bound}"

@@ -1,0 +1,87 @@
+"""The router as a Ray Serve application: vLLM in Ray Serve LLM, with the OpenAI API in front.
+
+All that touches Ray Serve LLM is here. Written against Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+from ray.llm._internal.serve.core.ingress.ingress import init
+from ray.serve import Application
+from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+
+from expertmesh.args import RouterArgs
+from expertmesh.artifact.manifest import TRUNK_DIRECTORY, read_manifest
+from router_service.connection import SETTINGS_KEY, RouterSettings
+from router_service.error_shape import ErrorShape
+
+DEPLOYMENT = "Router"
+"""Ray Serve shows it as `LLMServer:Router`."""
+INGRESS = "OpenAiIngress"
+CPU_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
+"""vLLM 0.32's CPU kernel rotates the strided heads of MLA wrongly; its PyTorch form is right."""
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application; `args` are RouterArgs. Raises ArtifactError where there is no artifact."""
+    given = RouterArgs.model_validate(args)
+    config = llm_config(given)
+    app = init()
+    app.add_middleware(ErrorShape)
+    options = {**OpenAiIngress.get_deployment_options([config]), "name": INGRESS, "num_replicas": 1}
+    options.pop("autoscaling_config", None)
+    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress, app=app), **options)
+    return ingress.bind(
+        llm_deployments={given.name: build_llm_deployment(config)},
+        model_cards={given.name: to_model_metadata(given.name, config)},
+        lora_paths={},
+    )
+
+
+def llm_config(args: RouterArgs) -> LLMConfig:
+    """Ray Serve LLM's configuration of one model: resources, engine arguments and the process's environment."""
+    engine = args.engine
+    return LLMConfig(
+        model_loading_config={
+            "model_id": args.name,
+            "model_source": str((Path(args.artifact) / TRUNK_DIRECTORY).absolute()),
+        },
+        engine_kwargs=engine_arguments(args),
+        deployment_config={"name": DEPLOYMENT, "num_replicas": 1},
+        placement_group_config={"bundles": [_resources(engine.num_cpus, engine.num_gpus)]},
+        runtime_env={"env_vars": environment(engine.num_cpus, engine.num_gpus)},
+    )
+
+
+def engine_arguments(args: RouterArgs) -> dict[str, Any]:
+    """vLLM's engine arguments: ours, over which the config's `engine.kwargs` go."""
+    engine, manifest = args.engine, read_manifest(Path(args.artifact))
+    settings = RouterSettings(directory=args.directory, wait_for_experts_s=engine.wait_for_experts_s)
+    arguments: dict[str, Any] = {
+        "dtype": manifest.dtype if engine.dtype == "auto" else engine.dtype,
+        "enforce_eager": True,
+        "additional_config": {SETTINGS_KEY: settings.model_dump()},
+    }
+    if engine.max_model_len is not None:
+        arguments["max_model_len"] = engine.max_model_len
+    if not engine.num_gpus:
+        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
+        arguments["compilation_config"] = CPU_COMPILATION
+    return arguments | engine.kwargs
+
+
+def environment(num_cpus: float, num_gpus: float) -> dict[str, str]:
+    """Thread counts by resources, so that router and replicas do not fight for cores; and no look-ups in a hub."""
+    threads = str(max(1, math.floor(num_cpus)))
+    variables = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return variables if num_gpus else variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:
+    return {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}

@@ -1,0 +1,1 @@
+"""Engines that run the trunk, besides vLLM (`router_service.vllm_plugin`)."""

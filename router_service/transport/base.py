@@ -1,0 +1,48 @@
+"""The seam between dispatch and the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from expertmesh.v1 import expert_pb2 as pb
+from router_service.dispatch.scatter import ReplicaBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one answered batch, microseconds."""
+
+    round_trip_us: int
+    queue_us: int
+    compute_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one batch."""
+
+    code: pb.Code.ValueType
+    message: str = ""
+    output: torch.Tensor | None = None
+    """[R, H] where the code is OK."""
+    timing: Timing | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.code == pb.CODE_OK
+
+
+class Pending(Protocol):
+    """Batches under way."""
+
+    def wait(self) -> list[Answer]:
+        """Returns when every batch has an answer, in the order of the batches. Failures are answers, not exceptions."""
+
+
+class Transport(Protocol):
+    def start(self, layer: int, hidden_states: torch.Tensor, batches: Sequence[ReplicaBatch]) -> Pending:
+        """Sends each batch's rows of hidden_states [T, H] to its replica and returns without waiting."""

@@ -1,0 +1,71 @@
+"""A directory and expert replicas in this process, over real gRPC on loopback, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from expert_service.replica import Replica
+from expert_service.server import LoopThread
+from expertmesh.args import GroupArgs
+from expertmesh.artifact.manifest import read_manifest
+from expertmesh.directory.server import start_directory
+from expertmesh.experts import format_indices
+from router_service.connection import RouterSettings
+from router_service.dispatcher import Dispatcher
+from router_service.replicas import LiveReplicas
+from router_service.transport.grpc_transport import GrpcTransport
+
+
+def group_args(artifact: Path, directory: str, group: str, experts: set[int], **more: object) -> GroupArgs:
+    """A group with the same experts in every MoE layer."""
+    layers = dict.fromkeys(read_manifest(artifact).layers, format_indices(experts))
+    return GroupArgs.model_validate(
+        {"artifact": str(artifact), "group": group, "experts": layers, "directory": directory} | more
+    )
+
+
+def divide(experts: int, groups: int) -> list[set[int]]:
+    """`groups` sets of neighbours."""
+    return [set(range(experts * one // groups, experts * (one + 1) // groups)) for one in range(groups)]
+
+
+@contextmanager
+def running_groups(artifact: Path, directory: str, groups: int) -> Iterator[list[Replica]]:
+    """One replica per group, the experts divided among them."""
+    experts = max(read_manifest(artifact).layers.values())
+    replicas = [
+        Replica(group_args(artifact, directory, f"g{number}", members), directory)
+        for number, members in enumerate(divide(experts, groups))
+    ]
+    try:
+        yield replicas
+    finally:
+        for replica in replicas:
+            replica.drain(1.0)
+            replica.stop()
+
+
+@contextmanager
+def running_dispatcher(artifact: Path, directory: str) -> Iterator[Dispatcher]:
+    """A router's dispatcher that follows the directory."""
+    live = LiveReplicas()
+    settings = RouterSettings(directory=directory)
+    transport = GrpcTransport(directory, read_manifest(artifact).fingerprint, live, settings.dispatch_timeout_s)
+    try:
+        yield Dispatcher(live, transport, settings.wait_for_experts_s)
+    finally:
+        transport.close()
+
+
+@contextmanager
+def running_directory() -> Iterator[str]:
+    """Yields its host:port."""
+    thread = LoopThread("test-directory")
+    server, address = thread.run(start_directory("127.0.0.1", 0))
+    try:
+        yield address
+    finally:
+        thread.run(server.stop(0))
+        thread.stop()

@@ -1,0 +1,88 @@
+"""Run as a program: greedy outputs of checkpoints by plain vLLM, then of their artifacts with 1, 2 and 4 groups.
+
+`vllm_outputs.py FOLDER ...`, each with `checkpoint` and `artifact` inside, prints one JSON line per folder:
+{"plain" or groups: [per prompt: {"tokens": [...], "logprobs": [...]}]}. One process, since vLLM takes long to start.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PROMPTS = ["hello world", "a", "def f(x): return x + 1 # and some more text to make it longer than the others"]
+GROUPS = (1, 2, 4)
+
+
+def generate(llm: Any) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True, logprobs=0)
+    outputs = [request.outputs[0] for request in llm.generate(PROMPTS, sampling, use_tqdm=False)]
+    return [
+        {
+            "tokens": list(output.token_ids),
+            "logprobs": [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)],
+        }
+        for output in outputs
+    ]
+
+
+def load(model: Path, **more: Any) -> Any:
+    from vllm import LLM
+
+    from router_service.app import CPU_COMPILATION
+
+    return LLM(
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        kv_cache_memory_bytes=2**28,
+        seed=0,
+        compilation_config=CPU_COMPILATION,
+        **more,
+    )
+
+
+def unload(llm: Any) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def compare(checkpoint: Path, artifact: Path) -> dict[str, Any]:
+    from mesh import running_directory, running_groups
+
+    from expertmesh.artifact.manifest import TRUNK_DIRECTORY
+    from router_service.connection import SETTINGS_KEY, RouterSettings
+
+    llm = load(checkpoint)
+    runs: dict[str, Any] = {"plain": generate(llm)}
+    unload(llm)
+    del llm
+    with running_directory() as directory:
+        settings = RouterSettings(directory=directory).model_dump()
+        remote = None
+        for groups in GROUPS:
+            with running_groups(artifact, directory, groups):
+                remote = remote or load(artifact / TRUNK_DIRECTORY, additional_config={SETTINGS_KEY: settings})
+                runs[str(groups)] = generate(remote)
+        experts_held = [name for name, tensor in named_parameters(remote) if ".experts." in name and tensor.numel()]
+        runs["experts_in_trunk"] = experts_held
+        unload(remote)
+    return runs
+
+
+def named_parameters(llm: Any) -> list[tuple[str, Any]]:
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    return list(model.named_parameters())
+
+
+if __name__ == "__main__":
+    for folder in map(Path, sys.argv[1:]):
+        print(json.dumps(compare(folder / "checkpoint", folder / "artifact")), flush=True)
