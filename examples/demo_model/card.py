@@ -44,7 +44,7 @@ def describe(measured: dict[str, Any], record: dict[str, Any], size: int) -> str
         for domain, m in domains.items()
     ]
     code = [
-        f"```python\n{prompt}\n# --- here the model goes on ---{text}\n```"
+        f"```text\n{prompt}\n# --- here the model goes on ---{text}\n```"
         for prompt, text in measured["code"]["continuations"]
     ]
     return TEMPLATE.read_text().format(

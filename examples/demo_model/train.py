@@ -3,7 +3,7 @@
 Examples:
   python -m examples.demo_model.corpus --fetch build/sources
   python -m examples.demo_model.train --sources build/sources --work build/demo_model
-  python -m examples.demo_model.train --sources build/sources --work /tmp/smoke --out /tmp/smoke/checkpoint --steps 20
+  python -m examples.demo_model.train --sources build/sources --work build/smoke --out build/smoke/out --steps 20
 """
 
 import argparse

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import GROUPS, Cluster
+from session_cluster import GROUPS, Cluster
 
 from expertmesh.cluster.processes import running
 from expertmesh.cluster.record import Record

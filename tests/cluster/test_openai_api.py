@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import Cluster
+from session_cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 
@@ -114,7 +114,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_limit(client: openai.Open
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 @pytest.mark.parametrize(
     "body",
-    [b"{", b"[]", b'{"model": "demo"}', b'{"model": "demo", "prompt": "x", "messages": 3, "max_tokens": "many"}'],
+    [b"{", b"[]", b'{"model": "demo"}', b'{"model": "demo", "prompt": "x", "messages": [], "max_tokens": "many"}'],
 )
 def test_malformed_requests_get_a_4xx_in_one_line(cluster: Cluster, path: str, body: bytes) -> None:
     answer = httpx.post(f"{cluster.http}/v1/{path}", content=body, headers={"Content-Type": "application/json"})

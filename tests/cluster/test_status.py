@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import GROUPS, Cluster
+from session_cluster import GROUPS, Cluster
 
 pytestmark = pytest.mark.cluster
 
