@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     VLLM_NO_USAGE_STATS="1",
     RAY_USAGE_STATS_ENABLED="0",
-    # so that Ray, which reads it when it is imported, looks for its head on 127.0.0.1
+    # what Ray reads when it is imported: that its head is on 127.0.0.1, and how to be let in
     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(32),
 )
 
 
@@ -63,7 +66,6 @@ def ray_cluster(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, with this process connected to its Ray, for tests that deploy applications of their own."""
     import ray
 
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": cluster.token}
     ray.init(address=cluster.gcs, _node_ip_address="127.0.0.1", log_to_driver=False, configure_logging=False)
     yield cluster
     ray.shutdown()

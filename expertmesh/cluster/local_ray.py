@@ -50,7 +50,8 @@ def start(num_cpus: int, log: Path) -> LocalRay:
     """Starts `ray start --head --block`, which writes to `log`; use `wait_until_up` next."""
     ports = free_ports(len(PORT_OPTIONS) + len(PORT_VARIABLES))
     options = dict(zip(PORT_OPTIONS, ports, strict=False))
-    marker, token, temp_dir = uuid.uuid4().hex, secrets.token_hex(32), _temp_dir()
+    marker, temp_dir = uuid.uuid4().hex, _temp_dir()
+    token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"{option}={port}" for option, port in options.items()]
     command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", "--min-worker-port=0", "--max-worker-port=0"]

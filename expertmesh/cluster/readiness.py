@@ -45,9 +45,13 @@ def _step(name: str, group: str | None, application: Details, table: directory_p
     if status in FAILED:
         error = next((text for text in map(meaning, reversed(messages)) if text), status)
         return Step(name, status, detail, False, error)
-    if not done and (trouble := next((meaning(text) for text in messages[1:] if text), "")):
+    if not done and (trouble := next((_trouble(text) for text in messages[1:] if text), "")):
         detail += f"; {trouble[:MAX_TROUBLE]}"
     return Step(name, status, detail, done)
+
+
+def _trouble(message: str) -> str:
+    return meaning(message) if "rror" in message else message.strip().partition("\n")[0]
 
 
 def ready_replicas(table: directory_pb2.Table | None, group: str) -> int:

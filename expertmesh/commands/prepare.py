@@ -37,4 +37,5 @@ def run_prepare(source: Path, destination: Path) -> None:
 
         manifest = prepare_artifact(source, destination, progress=show)
     layers = len(manifest.layers)
-    err.print(f"{destination}: {manifest.architecture}, {layers} MoE layers, fingerprint {manifest.fingerprint}")
+    said = f"{destination}: {manifest.architecture}, {layers} MoE layers, fingerprint {manifest.fingerprint[:12]}"
+    err.print(said, highlight=False, soft_wrap=True)
