@@ -31,18 +31,23 @@ class Identity:
 class Stream:
     """One Dispatch stream. All its methods run on the server's event loop; `gone` may be read from any thread."""
 
-    def __init__(self, max_unsent_rows: int) -> None:
+    def __init__(self, max_open_rows: int) -> None:
         self.gone = False
         self.waiting = 0
         """Requests that are not answered yet."""
-        self._max_unsent_rows = max_unsent_rows
-        self._unsent_rows = 0
+        self._max_open_rows = max_open_rows
+        self._open_rows = 0
+        """Rows of all requests whose answers are not sent yet; one at least for each, so that none is free."""
         self._unsent: asyncio.Queue[tuple[pb.DispatchResponse, int] | None] = asyncio.Queue()
         self._progress = asyncio.Event()
 
+    def open(self, rows: int) -> None:
+        """A request of `rows` rows came, and will be answered."""
+        self.waiting += 1
+        self._open_rows += max(1, rows)
+
     def answer(self, response: pb.DispatchResponse, rows: int) -> None:
         self.waiting -= 1
-        self._unsent_rows += rows
         self._unsent.put_nowait((response, rows))
         self._progress.set()
 
@@ -54,12 +59,12 @@ class Stream:
         while (answer := await self._unsent.get()) is not None:
             response, rows = answer
             await context.write(response)
-            self._unsent_rows -= rows
+            self._open_rows -= max(1, rows)
             self._progress.set()
 
     async def room(self) -> None:
         """Returns once the caller has read enough of its answers: one that reads none is not read from either."""
-        while self._unsent_rows > self._max_unsent_rows:
+        while self._open_rows > self._max_open_rows:
             await self._next_progress()
 
     async def all_answered(self) -> None:
@@ -90,7 +95,8 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
 
     async def Dispatch(self, request_iterator: Any, context: Context) -> None:  # type: ignore[override]
         await self._check_fingerprint(context)
-        stream = Stream(self._batcher.max_queued_rows)
+        # one batch that is computed and a full queue: what comes on top is pushed back in band, not left unread
+        stream = Stream(2 * self._batcher.max_queued_rows)
         self.streams.add(stream)
         reader = asyncio.create_task(self._read_requests(stream, context))
         try:
@@ -121,7 +127,6 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             stream.end()
 
     def _accept(self, stream: Stream, request: pb.DispatchRequest) -> None:
-        stream.waiting += 1
         self.last_request_at = now = time.monotonic()
         try:
             job = parse(request, self._served, stream, now)
@@ -129,12 +134,15 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             self._refuse(stream, request.id, refusal.code, str(refusal))
             return
         code = self._batcher.submit(job)
-        if code == pb.CODE_RESOURCE_EXHAUSTED:
+        if code == pb.CODE_OK:
+            stream.open(job.rows)
+        elif code == pb.CODE_RESOURCE_EXHAUSTED:
             waiting = f"{self._batcher.queued_rows} of at most {self._batcher.max_queued_rows} rows wait"
             self._refuse(stream, request.id, code, f"no room for {job.rows} rows: {waiting}")
-        elif code != pb.CODE_OK:
+        else:
             self._refuse(stream, request.id, code, f"replica {self._identity.replica_id} is stopping")
 
     def _refuse(self, stream: Stream, request_id: int, code: pb.Code.ValueType, message: str) -> None:
         status = pb.Status(code=code, message=message)
+        stream.open(0)
         stream.answer(pb.DispatchResponse(id=request_id, status=status, load=self._load()), 0)

@@ -84,8 +84,9 @@ def start_local(plan: Plan, timeout_s: float, show: Show) -> Record:
 
 
 def attach(plan: Plan, dashboard: str, timeout_s: float, show: Show) -> Record:
-    """Deploys on a Ray cluster that others run."""
+    """Deploys on a Ray cluster that others run; raises ClusterError where Ray Serve has applications there already."""
     attached = _record(plan, dashboard, None)
+    check_alone(attached)
     deploy(plan, attached, timeout_s, show)
     record.save(attached)
     return attached
@@ -127,6 +128,8 @@ def deploy(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
 def stop(running: Record) -> None:
     """Lets the applications drain, then ends every process that `up` started, and forgets the cluster."""
     alive = running.marker is None or bool(processes.running(running.marker))
+    if running.marker is None:
+        check_alone(running)
     try:
         if alive:
             ServeApi(running.dashboard, running.token).delete_all()
@@ -136,6 +139,16 @@ def stop(running: Record) -> None:
     if running.marker is not None:
         processes.end(running.marker, GRACE_S)
     record.forget(running)
+
+
+def check_alone(target: Record) -> None:
+    """Raises ClusterError that names applications which are not ours: Serve's API replaces or deletes all at once."""
+    prefix = experts_application("")
+    known = ServeApi(target.dashboard, target.token).details().get("applications", {})
+    others = [name for name in known if name not in (DIRECTORY_APPLICATION, ROUTER_APPLICATION)]
+    foreign = sorted(name for name in others if not name.startswith(prefix))
+    if foreign:
+        raise ClusterError(f"{target.dashboard}: Ray Serve runs applications of others there: {', '.join(foreign)}")
 
 
 def check_ports(config: ClusterConfig) -> None:

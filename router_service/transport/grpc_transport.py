@@ -35,7 +35,7 @@ class GrpcPending:
     futures: list[concurrent.futures.Future[Answer]]
 
     def wait(self) -> list[Answer]:
-        return [future.result() for future in self.futures]
+        return [_result(future) for future in self.futures]
 
 
 class GrpcTransport:
@@ -135,6 +135,13 @@ class GrpcTransport:
         for link in links:
             link.cancel()
         await asyncio.gather(*links, return_exceptions=True)
+
+
+def _result(future: concurrent.futures.Future[Answer]) -> Answer:
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError:  # a write was under way when the stream was closed
+        return Answer(pb.CODE_UNAVAILABLE, "its stream was closed")
 
 
 def _request(layer: int, host: torch.Tensor, batch: ReplicaBatch) -> pb.DispatchRequest:
