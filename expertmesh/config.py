@@ -162,7 +162,7 @@ def load_config(path: Path) -> ClusterConfig:
         config = ClusterConfig.model_validate(content)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from None
-    model = config.model.model_copy(update={"artifact": (path.parent / config.model.artifact).absolute()})
+    model = config.model.model_copy(update={"artifact": (path.parent / config.model.artifact).resolve()})
     return config.model_copy(update={"model": model})
 
 

@@ -28,6 +28,8 @@ class LiveReplica:
     """It said it had when it last answered, less what was ours."""
     rows_under_way: int = 0
     """From this router, unanswered."""
+    rows_sent: int = 0
+    """From this router, in all."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class LiveReplicas:
     def candidates(self, layer: int, excluded: frozenset[str] = frozenset()) -> list[Candidate]:
         """The replicas with experts of the layer, without the excluded."""
         return [
-            Candidate(one.replica_id, one.experts[layer], one.queued_rows + one.rows_under_way)
+            Candidate(one.replica_id, one.experts[layer], one.queued_rows + one.rows_under_way, one.rows_sent)
             for one in self._by_id.values()
             if layer in one.experts and one.replica_id not in excluded
         ]

@@ -41,8 +41,8 @@ def groups_table(found: ClusterStatus) -> Table:
     """One row per replica below one per group."""
     table = Table()
     table.add_column("group")
-    table.add_column("experts", overflow="fold")
-    table.add_column("replicas\nready/target", justify="right")
+    table.add_column("experts, addresses", no_wrap=True)
+    table.add_column("ready", justify="right")
     table.add_column("state")
     for column in ("rows", "rows/s", "busy", "queued"):
         table.add_column(column, justify="right")
@@ -52,7 +52,7 @@ def groups_table(found: ClusterStatus) -> Table:
         table.add_row(f"[bold]{group.name}[/]", describe_experts(group.experts), replicas, group.serve.status, *load)
         for one in group.replicas:
             load = (f"{one.rows_total:,}", f"{one.rows_per_s:,.0f}", f"{one.busy:.0%}", f"{one.queued_rows:,}")
-            table.add_row("", f"[dim]{one.address} pid {one.pid}[/]", "", f"[dim]{one.state}[/]", *load)
+            table.add_row("", f"[dim]{one.address}[/]", "", f"[dim]{one.state}[/]", *load)
     return table
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncGenerator, Callable
 
 import grpc
@@ -36,13 +37,21 @@ OPTIONS: list[tuple[str, int]] = [
 
 
 def list_table(address: str, timeout_s: float = 5.0) -> pb.Table:
-    """The directory's table; raises ClusterError where it does not answer in time."""
+    """The directory's table; raises ClusterError where it does not answer in time.
+
+    A proxy that is slow to shake hands is tried again, one that refuses the connection is not.
+    """
+    deadline = time.monotonic() + timeout_s
     with grpc.insecure_channel(address, OPTIONS) as channel:
         stub = directory_pb2_grpc.DirectoryServiceStub(channel)
-        try:
-            return stub.List(pb.ListRequest(), timeout=timeout_s, metadata=METADATA)
-        except grpc.RpcError as error:
-            raise ClusterError(f"directory at {address} does not answer: {_reason(error)}") from None
+        while True:
+            try:
+                return stub.List(pb.ListRequest(), timeout=max(0.1, deadline - time.monotonic()), metadata=METADATA)
+            except grpc.RpcError as error:
+                slow = error.code() == grpc.StatusCode.UNAVAILABLE and "refused" not in (error.details() or "")
+                if not slow or time.monotonic() > deadline:
+                    raise ClusterError(f"directory at {address} does not answer: {_reason(error)}") from None
+            time.sleep(0.1)
 
 
 async def watch(address: str) -> AsyncGenerator[pb.Table, None]:

@@ -17,6 +17,8 @@ class Candidate:
     experts: frozenset[int]
     rows: int
     """Rows that wait there or are under way to it."""
+    sent: int = 0
+    """Rows that this router has sent there so far: where loads are equal, they go where fewest went."""
 
 
 def choose_replicas(
@@ -26,7 +28,8 @@ def choose_replicas(
 
     Greedy: experts with the fewest candidates first, then those with most rows; each goes to the candidate with the
     least load, where the load counts what this call has assigned already, and a replica without a message so far costs
-    MESSAGE_ROWS more. Equal candidates are told apart by name, so that the result is the same for the same input.
+    MESSAGE_ROWS more. Equal candidates take turns by what they were sent before, then by name: the same input gives
+    the same result.
     """
     candidates = list(candidates)
     covering = {expert: [one for one in candidates if expert in one.experts] for expert in counts}
@@ -36,8 +39,10 @@ def choose_replicas(
     for expert in sorted(counts, key=lambda expert: (len(covering[expert]), -counts[expert], expert)):
         if not covering[expert]:
             continue
-        names = (one.replica for one in covering[expert])
-        best = min(names, key=lambda name: (load[name] + (0 if name in used else MESSAGE_ROWS), name))
+        best = min(
+            (load[one.replica] + (0 if one.replica in used else MESSAGE_ROWS), one.sent, one.replica)
+            for one in covering[expert]
+        )[-1]
         owners[expert] = best
         used.add(best)
         load[best] += counts[expert]

@@ -74,6 +74,7 @@ class GrpcTransport:
         stream, live = self._streams[replica_id]
         rows = request.hidden_states.rows
         live.rows_under_way += rows
+        live.rows_sent += rows
         try:
             return await stream.exchange(request, self._timeout_s)
         finally:

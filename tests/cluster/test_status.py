@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import yaml
 from session_cluster import GROUPS, Cluster
 
 pytestmark = pytest.mark.cluster
@@ -113,6 +115,43 @@ def test_the_directory_restarts_without_a_failed_or_different_request(cluster: C
     )
     pids = [[one["pid"] for group in told["groups"] for one in group["replicas"]] for told in (before, after)]
     assert pids[0] == pids[1], "no expert replica was restarted"
+
+
+def test_a_group_grows_and_shrinks_while_the_others_and_the_requests_go_on(cluster: Cluster, tmp_path: Path) -> None:
+    """The same artifact under another spelling of its path, and other bounds for one group: nothing else is touched."""
+
+    def pids() -> dict[str, set[int]]:
+        return {group["name"]: {one["pid"] for one in group["replicas"]} for group in status(cluster)["groups"]}
+
+    described = yaml.safe_load(cluster.config.read_text())
+    artifact = Path(described["model"]["artifact"])
+    described["model"]["artifact"] = str(artifact.parent / ".." / artifact.parent.name / artifact.name)
+    grown = next(group for group in described["groups"] if group["name"] == "c")
+    grown |= {"min_replicas": 2, "max_replicas": 2}
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(described))
+
+    def rows_of(pid: int) -> int:
+        replicas = next(group for group in status(cluster)["groups"] if group["name"] == "c")["replicas"]
+        return next(one["rows_total"] for one in replicas if one["pid"] == pid)
+
+    before = pids()
+    with load(cluster) as texts:
+        wait_until(lambda: len(texts) >= 2, "answers")
+        try:
+            assert cluster.run("up", str(changed), timeout_s=300).returncode == 0
+            during = pids()
+            assert len(during["c"]) == 2 and before["c"] < during["c"]
+            (newcomer,) = during["c"] - before["c"]
+            wait_until(lambda: rows_of(newcomer), "rows on the new replica")
+        finally:
+            assert cluster.run("up", str(cluster.config), timeout_s=300).returncode == 0
+            wait_until(lambda: len(pids()["c"]) == 1, "one replica again")
+        seen = len(texts)
+        wait_until(lambda: len(texts) >= seen + 4, "answers from one replica")
+    assert {name: now for name, now in pids().items() if name != "c"} == {
+        name: then for name, then in before.items() if name != "c"
+    }
 
 
 def test_a_killed_replica_comes_back_and_no_request_fails(cluster: Cluster) -> None:

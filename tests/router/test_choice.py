@@ -26,6 +26,11 @@ def test_a_second_message_where_the_first_replica_is_much_busier() -> None:
     assert choose_replicas({0: 1, 1: 1}, replicas)[0] == {0: "hot", 1: "all"}
 
 
+def test_equally_loaded_replicas_take_turns() -> None:
+    replicas = [Candidate("a", frozenset({0}), rows=0, sent=9), Candidate("b", frozenset({0}), rows=0, sent=8)]
+    assert choose_replicas({0: 1}, replicas)[0] == {0: "b"}
+
+
 def test_what_nobody_serves_is_reported() -> None:
     owners, missing = choose_replicas({0: 1, 7: 1}, [candidate("a", {0})])
     assert owners == {0: "a"}

@@ -90,6 +90,18 @@ def test_a_stopped_replica_s_rows_go_to_another_of_the_same_experts(artifact: Pa
         assert twins[0].load().rows_total > 0
 
 
+def test_two_replicas_of_a_group_share_the_rows_of_one_router(artifact: Path, directory: str) -> None:
+    with running_groups(artifact, directory, 1) as twins, running_dispatcher(artifact, directory) as dispatcher:
+        second = Replica(group_args(artifact, directory, "g0", set(range(EXPERTS))), directory)
+        try:
+            wait_for(dispatcher, 2)
+            for seed in range(10):
+                check(dispatcher, artifact, seed)
+            assert twins[0].load().rows_total >= 3 * TOKENS and second.load().rows_total >= 3 * TOKENS
+        finally:
+            second.stop()
+
+
 def test_groups_are_replaced_while_rows_flow(artifact: Path, directory: str) -> None:
     """Rebalancing needs no epoch: the new groups are used once they are there, the old ones drain and go."""
     with running_dispatcher(artifact, directory) as dispatcher:
