@@ -1,6 +1,6 @@
 # `make help` lists the targets.
 PYTHON := .venv/bin/python
-SOURCES := expertmesh expert_service router_service benchmarks examples
+SOURCES := expertmesh expert_service router_service loadtest benchmarks examples
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench lock
 
@@ -23,8 +23,8 @@ format: setup ## Format the code and repair what ruff can
 	@$(PYTHON) -m ruff check --quiet --fix-only .
 	@$(PYTHON) -m ruff format .
 
-bench: setup ## Run the benchmarks; ARGS, e.g. "generate --json FILE"
-	@$(PYTHON) -m benchmarks $(or $(ARGS),generate)
+bench: setup ## Run all benchmarks, print a table and write benchmarks/results/<date>.md; ARGS, e.g. "dispatch --json FILE"
+	@$(PYTHON) -m benchmarks $(or $(ARGS),all)
 
 lock: ## Write the lock files again, versions unchanged; UPGRADE=1: newest versions; needs uv on the PATH
 	@python3 requirements/lock.py $(if $(UPGRADE),--upgrade)

@@ -1,33 +1,80 @@
-"""Runs one benchmark and prints its figures, as JSON into a file too where one is named."""
+"""Runs one benchmark, or `all` of them one after another, and prints the figures.
+
+One benchmark prints a JSON object; `all` prints one table and writes benchmarks/results/<date>.md.
+"""
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib
 import json
+import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import generate
+from benchmarks import report
 from benchmarks.environment import environment
 from expertmesh.errors import ExpertMeshError
 
-BENCHMARKS = {"generate": generate.run}
+NAMES = ("dispatch", "scale", "startup", "executor", "serve", "generate", "loadtest_client")
+"""Each is a module of this package with `run(cluster)`; what its figures are, its docstring says."""
+APART = ("loadtest_crosscheck",)
+"""Not of `all`: it installs another project's program first."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=sorted(BENCHMARKS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the environment there")
-    parser.add_argument("--cluster", help="a running cluster's name; default: the demo, started where it does not run")
-    given = parser.parse_args()
+    given = _parse()
     try:
-        figures = BENCHMARKS[given.name](given.cluster)
+        if given.name == "all":
+            result = run_all(given.only)
+        else:
+            where = environment()
+            figures = importlib.import_module(f"benchmarks.{given.name}").run(given.cluster)
+            result = figures | {"environment": where}
+            print(json.dumps(result, indent=2))
     except ExpertMeshError as error:
         sys.exit(f"benchmarks: {error}")
-    result = json.dumps(figures | {"environment": environment()}, indent=2)
-    print(result)
     if given.json is not None:
-        given.json.write_text(result + "\n")
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def run_all(names: Sequence[str]) -> dict[str, Any]:
+    """Each in a process of its own, since they bind cores and start clusters; goes on where one fails, and says so.
+
+    Raises ExpertMeshError once all have run where one has failed.
+    """
+    where, results, failed = environment(), {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            print(f"benchmarks: {name} …", file=sys.stderr, flush=True)
+            file = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", "benchmarks", name, f"--json={file}"]
+            if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+                failed.append(name)
+            else:
+                results[name] = json.loads(file.read_text())
+    print(report.table(results))
+    print(f"written to {report.write(results, where, datetime.date.today())}")
+    if failed:
+        raise ExpertMeshError(f"failed: {', '.join(failed)}")
+    return {**results, "environment": where}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=["all", *NAMES, *APART])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the environment there")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="of `all`, only these")
+    parser.add_argument(
+        "--cluster", help="generate: a running cluster's name; default: the demo, started where it does not run"
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

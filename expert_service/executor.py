@@ -10,6 +10,7 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
+from expert_service.staging import to_device, to_host
 from expert_service.weights import HeldExperts
 from expertmesh.artifact.experts import ExpertWeights
 from expertmesh.artifact.function import expert_forward
@@ -38,10 +39,11 @@ class Pairs:
 
 class Executor(Protocol):
     def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-        """Per row of hidden_states [R, H], the sum over its pairs of weight * expert(row): [R, H] fp32, in host memory.
+        """Per row of hidden_states [R, H], the sum over its pairs of weight * expert(row): [R, H], in host memory.
 
         Rows may come in another type than the weights', in which the experts compute; weights are applied and sums
-        taken in fp32, by ascending expert, so that a row's sum does not depend on the other rows.
+        taken in fp32, by ascending expert, so that a row's sum does not depend on the other rows. Given are they in
+        fp32, or rounded once to the weights' type.
         """
         ...
 
@@ -54,23 +56,23 @@ class LoopExecutor:
         self._dtype = held.manifest.torch_dtype
         self._device = device
         self._layers = {
-            layer: {index: _place(expert, device) for index, expert in experts.items()}
-            for layer, experts in held.layers.items()
+            layer: {index: _place(expert, device) for index, expert in held.load(layer).items()}
+            for layer in held.layers
         }
 
     @torch.inference_mode()
     def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         sums = torch.zeros(hidden_states.shape, dtype=torch.float32, device=self._device)
-        hidden_states = hidden_states.to(self._device, self._dtype)
+        hidden_states = to_device(hidden_states, self._device).to(self._dtype)
         pairs = pairs.by_expert()
         for start in range(0, len(pairs.rows), CHUNK_PAIRS):
             part = pairs.part(start, start + CHUNK_PAIRS)
             add_by_row(sums, self._compute(self._layers[layer], hidden_states, part), part)
-        return sums.cpu()
+        return to_host(sums)
 
     def _compute(self, experts: dict[int, ExpertWeights], hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         """[P, H]: each pair's expert of its row."""
-        x_PH = hidden_states.index_select(0, torch.from_numpy(pairs.rows).to(self._device))
+        x_PH = hidden_states.index_select(0, to_device(torch.from_numpy(pairs.rows), self._device))
         bounds = [0, *(numpy.flatnonzero(numpy.diff(pairs.experts)) + 1).tolist(), len(pairs.rows)]
         outputs = [
             expert_forward(x_PH[start:stop], experts[int(pairs.experts[start])], self._function)
@@ -81,9 +83,8 @@ class LoopExecutor:
 
 def add_by_row(sums: torch.Tensor, outputs: torch.Tensor, pairs: Pairs) -> None:
     """Adds weight * output [P, H] of each pair to its row of sums [R, H] fp32, in the order of the pairs."""
-    device = sums.device
-    weighted = outputs.float() * torch.from_numpy(pairs.weights).to(device)[:, None]
-    if device.type == "cpu":
+    weighted = outputs.float() * to_device(torch.from_numpy(pairs.weights), sums.device)[:, None]
+    if sums.device.type == "cpu":
         sums.index_add_(0, torch.from_numpy(pairs.rows), weighted)
     else:
         add_in_turns(sums, weighted, pairs.rows)
@@ -99,7 +100,7 @@ def add_in_turns(sums: torch.Tensor, weighted: torch.Tensor, rows: NDArray[numpy
     pair_of = numpy.full((int(pairs_of_row.max()), num_rows), count, dtype=numpy.int64)
     pair_of[turn, rows] = numpy.arange(count)
     padded = torch.cat([weighted, weighted.new_zeros(1, weighted.shape[1])])
-    for pair_of_row in torch.from_numpy(pair_of).to(sums.device):
+    for pair_of_row in to_device(torch.from_numpy(pair_of), sums.device):
         sums += padded.index_select(0, pair_of_row)
 
 

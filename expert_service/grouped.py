@@ -6,7 +6,8 @@ import numpy
 import torch
 from torch.nn import functional as F
 
-from expert_service.executor import Executor, LoopExecutor, Pairs, add_by_row
+from expert_service.executor import Pairs, add_by_row
+from expert_service.staging import columns_to_device, to_device, to_host
 from expert_service.weights import HeldExperts
 from expertmesh.artifact.experts import ExpertWeights
 from expertmesh.artifact.function import activate
@@ -27,16 +28,11 @@ def grouped_mm_serves(held: HeldExperts, device: torch.device) -> bool:
     )
 
 
-def build_executor(held: HeldExperts, device: torch.device) -> Executor:
-    """The fastest executor for these experts on this device."""
-    return GroupedExecutor(held, device) if grouped_mm_serves(held, device) else LoopExecutor(held, device)
-
-
 class GroupedExecutor:
     """Weights stacked per layer on the device: gate_up [E, 2I, H] and down [E, H, I] of the E experts held, ascending.
 
-    Everything runs on the device's current stream of the calling thread, and the copy of the sums back to the host
-    waits for it.
+    Everything is enqueued on the device's current stream of the calling thread; the copy of the sums back to the host,
+    rounded to the weights' type, waits for it.
     """
 
     def __init__(self, held: HeldExperts, device: torch.device) -> None:
@@ -45,7 +41,8 @@ class GroupedExecutor:
         self._device = device
         self._weights = {}
         self._slots = {}
-        for layer, experts in held.layers.items():
+        for layer in held.layers:
+            experts = held.load(layer)
             self._weights[layer] = _stack([experts[index] for index in sorted(experts)], device)
             slots = numpy.full(held.manifest.layers[layer], -1, dtype=numpy.int32)
             slots[sorted(experts)] = numpy.arange(len(experts), dtype=numpy.int32)
@@ -59,18 +56,15 @@ class GroupedExecutor:
         slots = self._slots[layer][pairs.experts]
         weights = self._weights[layer]
         ends = numpy.cumsum(numpy.bincount(slots, minlength=len(weights.gate_up)), dtype=numpy.int32)
-        offsets = torch.from_numpy(ends).to(self._device)
-        slot_of_pair = torch.from_numpy(slots).to(self._device)
-        x_PH = hidden_states.to(self._device, self._dtype).index_select(
-            0, torch.from_numpy(pairs.rows).to(self._device)
-        )
+        rows, slot_of_pair, offsets = columns_to_device([pairs.rows, slots, ends], self._device)
+        x_PH = to_device(hidden_states, self._device).to(self._dtype).index_select(0, rows)
         inner_PI = activate(
             _grouped_linear(x_PH, weights.gate_up, weights.gate_up_bias, offsets, slot_of_pair), self._function
         )
         output_PH = _grouped_linear(inner_PI, weights.down, weights.down_bias, offsets, slot_of_pair)
         sums = torch.zeros(hidden_states.shape, dtype=torch.float32, device=self._device)
         add_by_row(sums, output_PH, pairs)
-        return sums.cpu()
+        return to_host(sums.to(self._dtype))
 
 
 def _stack(experts: list[ExpertWeights], device: torch.device) -> ExpertWeights:

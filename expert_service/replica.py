@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 import uuid
@@ -10,14 +9,12 @@ from pathlib import Path
 
 import torch
 
-from expert_service.batcher import Batcher
-from expert_service.grouped import build_executor
-from expert_service.load import LoadMeter
+from expert_service.choice import build_executor
+from expert_service.endpoint import Endpoint, Offer, make_endpoint
+from expert_service.executor import Executor
 from expert_service.request import Served, max_rows
-from expert_service.runtime import Answer, Runtime
-from expert_service.server import ExpertServer, LoopThread
-from expert_service.service import ExpertServicer, Identity
-from expert_service.weights import load_held_experts
+from expert_service.server import LoopThread
+from expert_service.weights import hold_experts
 from expertmesh.args import GroupArgs
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.directory.client import Announcer
@@ -39,76 +36,80 @@ class Replica:
     Raises ArtifactError and ConfigError where its experts cannot be loaded, ClusterError where it cannot listen.
     """
 
-    def __init__(self, args: GroupArgs, directory: str | None, node_id: str = "") -> None:
+    def __init__(
+        self, args: GroupArgs, directory: str | None, node_id: str = "", executor: Executor | None = None
+    ) -> None:
+        """Computes with `executor`; by default with the one that fits the device."""
         artifact = Path(args.artifact)
         manifest = read_manifest(artifact)
         wanted = {
             layer: parse_indices(text, f"group {args.group}: layer {layer}") for layer, text in args.experts.items()
         }
-        held = load_held_experts(artifact, manifest, wanted)
-        self._identity = Identity(f"{args.group}-{uuid.uuid4().hex[:12]}", args.group, manifest.fingerprint)
-        self._manifest = manifest
-        self._layers = [pb.LayerExperts(layer=layer, experts=sorted(held.layers[layer])) for layer in held.layers]
+        held = hold_experts(artifact, manifest, wanted)
         self._expert_bytes = held.total_bytes
         self._started_at = time.time()
         self._node_id = node_id
         self._state: pb.ReplicaState.ValueType = pb.REPLICA_STATE_READY
         rows = max_rows(manifest.hidden_size, manifest.top_k, args.max_queued_rows)
-        self._limits = pb.Limits(max_rows=rows, max_queued_rows=args.max_queued_rows)
-        self._batcher = Batcher(args.max_queued_rows, rows)
-        self._meter = LoadMeter({layer: manifest.layers[layer] for layer in held.layers}, time.monotonic())
-        executor = build_executor(held, torch.device(args.device))
-        self._runtime = Runtime(self._batcher, executor, self._meter, self._deliver, args.num_threads)
+        self._offered = pb.DescribeResponse(
+            replica_id=f"{args.group}-{uuid.uuid4().hex[:12]}",
+            group=args.group,
+            fingerprint=manifest.fingerprint,
+            hidden_size=manifest.hidden_size,
+            dtype=WIRE_DTYPES[manifest.torch_dtype],
+            layers=[pb.LayerExperts(layer=layer, experts=sorted(held.layers[layer])) for layer in held.layers],
+            limits=pb.Limits(max_rows=rows, max_queued_rows=args.max_queued_rows),
+            protocol_version=PROTOCOL_VERSION,
+        )
         masks = {layer: held.mask(layer) for layer in held.layers}
         served = Served(manifest.hidden_size, masks, rows, rows * manifest.top_k)
-        self._servicer = ExpertServicer(self._identity, served, self._batcher, self._describe, self._runtime.load)
-        self._server = ExpertServer(self._servicer)
+        offer = Offer(self._offered, served, args.max_queued_rows, args.num_threads, args.tls)
+        executor = executor or build_executor(held, torch.device(args.device), args.num_threads)
+        self.endpoint: Endpoint = make_endpoint(offer, executor, args.transport)
+        self._thread = LoopThread("expert-replica")
         self._announcer: Announcer | None = None
-        self._thread = LoopThread("expert-server")
-        self._runtime.start()
         try:
-            self._thread.run(self._start(args, directory))
+            self.endpoint.set_state(self._state)
+            self.address = self.endpoint.listen(args.host, args.ports)
+            if directory is not None:
+                self._thread.run(self._announce(directory, args.lease_ms))
         except ClusterError:
             self.stop()
             raise
 
-    async def _start(self, args: GroupArgs, directory: str | None) -> None:
-        self.address = await self._server.start(args.host, args.ports)
-        if directory is not None:
-            self._announcer = Announcer(directory, args.lease_ms, self.entry)
-            await self._announcer.start()
+    async def _announce(self, directory: str, lease_ms: int) -> None:
+        self._announcer = Announcer(directory, lease_ms, self.entry)
+        await self._announcer.start()
 
     @property
     def replica_id(self) -> str:
-        return self._identity.replica_id
+        return self._offered.replica_id
 
     def load(self) -> pb.Load:
-        return self._runtime.load()
+        return self.endpoint.load()
 
     def expert_rows(self) -> dict[int, list[int]]:
         """MoE layer -> rows computed for each of its experts so far."""
-        return self._meter.expert_rows()
+        return self.endpoint.expert_rows()
 
     def problem(self) -> str | None:
         """What has stopped working, or None."""
         if not self._thread.alive:
-            return "the server's thread has ended"
-        if not self._runtime.alive:
-            return "the executor's thread has ended"
+            return "the replica's thread has ended"
         if self._announcer is not None and not self._announcer.alive:
             return "the announcer has ended"
-        return None
+        return self.endpoint.problem()
 
     def entry(self) -> directory_pb2.Replica:
         """This replica's entry in the directory, as of now."""
         return directory_pb2.Replica(
-            replica_id=self._identity.replica_id,
-            group=self._identity.group,
+            replica_id=self._offered.replica_id,
+            group=self._offered.group,
             address=self.address,
-            fingerprint=self._identity.fingerprint,
-            layers=self._layers,
+            fingerprint=self._offered.fingerprint,
+            layers=self._offered.layers,
             state=self._state,
-            load=self._runtime.load(),
+            load=self.endpoint.load(),
             node_id=self._node_id,
             pid=os.getpid(),
             expert_bytes=self._expert_bytes,
@@ -118,60 +119,31 @@ class Replica:
     def drain(self, timeout_s: float) -> None:
         """Says that it is going, answers what it has and what still comes until all streams are closed or quiet, at
         most for `timeout_s`, and leaves the directory."""
-        self._thread.run(self._drain(timeout_s))
-
-    async def _drain(self, timeout_s: float) -> None:
         self._state = pb.REPLICA_STATE_DRAINING
-        await self._server.set_serving(False)
+        self.endpoint.set_state(self._state)
         if self._announcer is not None:
-            self._announcer.changed()
+            self._thread.loop.call_soon_threadsafe(self._announcer.changed)
         draining_at = time.monotonic()
         deadline = draining_at + timeout_s
         while time.monotonic() < deadline and not self._quiet(draining_at):
-            await asyncio.sleep(0.02)
-        if self._announcer is not None:
-            await self._announcer.stop()
+            time.sleep(0.02)
+        self._withdraw()
 
     def _quiet(self, draining_at: float) -> bool:
-        streams = self._servicer.streams
-        if any(stream.waiting for stream in streams):
+        streams = self.endpoint.streams()
+        if streams.waiting:
             return False
-        return not streams or time.monotonic() - max(draining_at, self._servicer.last_request_at) > QUIET_S
+        return not streams.count or time.monotonic() - max(draining_at, self.endpoint.last_request_at()) > QUIET_S
 
     def stop(self) -> None:
         """Ends it: what still waits is computed and answered, what still comes is refused. More calls do nothing."""
         if not self._thread.alive:
             return
-        self._batcher.close()
-        self._runtime.join(STOP_GRACE_S)
-        self._thread.run(self._stop())
+        self.endpoint.close(STOP_GRACE_S)
+        self._withdraw()
+        self.endpoint.stop(STOP_GRACE_S)
         self._thread.stop()
 
-    async def _stop(self) -> None:
+    def _withdraw(self) -> None:
         if self._announcer is not None:
-            await self._announcer.stop()
-        for stream in tuple(self._servicer.streams):
-            stream.end()
-        await self._server.stop(STOP_GRACE_S)
-
-    def _deliver(self, answers: list[Answer]) -> None:
-        self._thread.loop.call_soon_threadsafe(_answer_all, answers)
-
-    def _describe(self) -> pb.DescribeResponse:
-        return pb.DescribeResponse(
-            replica_id=self._identity.replica_id,
-            group=self._identity.group,
-            fingerprint=self._identity.fingerprint,
-            hidden_size=self._manifest.hidden_size,
-            dtype=WIRE_DTYPES[self._manifest.torch_dtype],
-            layers=self._layers,
-            limits=self._limits,
-            state=self._state,
-            load=self._runtime.load(),
-            protocol_version=PROTOCOL_VERSION,
-        )
-
-
-def _answer_all(answers: list[Answer]) -> None:
-    for caller, response, rows in answers:
-        caller.answer(response, rows)
+            self._thread.run(self._announcer.stop())

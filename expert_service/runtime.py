@@ -11,6 +11,7 @@ import numpy
 import torch
 
 from expert_service.batcher import Batch, Batcher, Caller, Job
+from expert_service.endpoint import prepare_executor_thread
 from expert_service.executor import Executor, Pairs
 from expert_service.load import LoadMeter
 from expertmesh.v1 import expert_pb2 as pb
@@ -37,7 +38,7 @@ class Runtime:
         num_threads: int = 1,
     ) -> None:
         self._batcher = batcher
-        self._executor = executor
+        self.executor = executor
         self._meter = meter
         self._deliver = deliver
         self._num_threads = num_threads
@@ -64,7 +65,7 @@ class Runtime:
         )
 
     def _loop(self) -> None:
-        torch.set_num_threads(self._num_threads)  # OpenMP keeps it per thread
+        prepare_executor_thread(self._num_threads)
         while (batch := self._batcher.take(time.monotonic)) is not None:
             answers = [
                 _refuse(job, pb.CODE_DEADLINE_EXCEEDED, "the timeout passed in the queue") for job in batch.expired
@@ -81,7 +82,7 @@ class Runtime:
         began = time.monotonic()
         self._meter.begin(began)
         try:
-            output = self._executor.run(batch.layer, hidden_states, pairs)
+            output = self.executor.run(batch.layer, hidden_states, pairs)
         except Exception as error:  # whatever fails in a kernel becomes a status
             logger.exception("layer %d: a batch of %d rows failed", batch.layer, batch.rows)
             self._meter.end(time.monotonic(), batch.layer, 0, pairs.experts[:0])

@@ -13,7 +13,8 @@ from grpc_reflection.v1alpha import reflection
 
 from expertmesh.errors import ClusterError
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc
-from expertmesh.wire.channel import SERVER_OPTIONS
+from expertmesh.wire.channel import SERVER_OPTIONS, server_credentials
+from expertmesh.wire.tls import TlsFiles
 
 T = TypeVar("T")
 SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
@@ -45,8 +46,10 @@ class LoopThread:
 class ExpertServer:
     """grpc.aio server with ExpertService, health and reflection; its methods run on one event loop."""
 
-    def __init__(self, servicer: expert_pb2_grpc.ExpertServiceServicer) -> None:
+    def __init__(self, servicer: expert_pb2_grpc.ExpertServiceServicer, tls: TlsFiles | None = None) -> None:
+        """Raises ConfigError where a file of `tls` cannot be read."""
         self._servicer = servicer
+        self._credentials = server_credentials(tls) if tls else None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
@@ -57,10 +60,16 @@ class ExpertServer:
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        port = bind(self._server.add_insecure_port, host, ports)
+        port = bind(self._add_port, host, ports)
         await self.set_serving(True)
         await self._server.start()
         return f"{host}:{port}"
+
+    def _add_port(self, address: str) -> int:
+        assert self._server is not None
+        if self._credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, self._credentials)
 
     async def set_serving(self, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from expert_service.batcher import Batcher
 from expert_service.request import Refusal, Served, parse
@@ -19,15 +19,6 @@ from expertmesh.wire.channel import FINGERPRINT_KEY
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What does not change while a replica lives."""
-
-    replica_id: str
-    group: str
-    fingerprint: str
-
-
 class Stream:
     """One Dispatch stream. All its methods run on the server's event loop; `gone` may be read from any thread."""
 
@@ -35,16 +26,16 @@ class Stream:
         self.gone = False
         self.waiting = 0
         """Requests that are not answered yet."""
-        self._max_open_rows = max_open_rows
-        self._open_rows = 0
+        self.open_rows = 0
         """Rows of all requests whose answers are not sent yet; one at least for each, so that none is free."""
+        self._max_open_rows = max_open_rows
         self._unsent: asyncio.Queue[tuple[pb.DispatchResponse, int] | None] = asyncio.Queue()
         self._progress = asyncio.Event()
 
     def open(self, rows: int) -> None:
         """A request of `rows` rows came, and will be answered."""
         self.waiting += 1
-        self._open_rows += max(1, rows)
+        self.open_rows += max(1, rows)
 
     def answer(self, response: pb.DispatchResponse, rows: int) -> None:
         self.waiting -= 1
@@ -59,12 +50,12 @@ class Stream:
         while (answer := await self._unsent.get()) is not None:
             response, rows = answer
             await context.write(response)
-            self._open_rows -= max(1, rows)
+            self.open_rows -= max(1, rows)
             self._progress.set()
 
     async def room(self) -> None:
         """Returns once the caller has read enough of its answers: one that reads none is not read from either."""
-        while self._open_rows > self._max_open_rows:
+        while self.open_rows > self._max_open_rows:
             await self._next_progress()
 
     async def all_answered(self) -> None:
@@ -78,13 +69,13 @@ class Stream:
 
 class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
     def __init__(
-        self, identity: Identity, served: Served, batcher: Batcher, describe: Callable[[], pb.DescribeResponse],
-        load: Callable[[], pb.Load],
+        self, offered: pb.DescribeResponse, served: Served, batcher: Batcher,
+        describe: Callable[[], pb.DescribeResponse], load: Callable[[], pb.Load],
     ) -> None:  # fmt: skip
         self.streams: set[Stream] = set()
         self.last_request_at = float("-inf")
         """Monotonic seconds."""
-        self._identity = identity
+        self._offered = offered
         self._served = served
         self._batcher = batcher
         self._describe = describe
@@ -106,14 +97,17 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             self.streams.discard(stream)
             reader.cancel()
         if reader.done() and not reader.cancelled():
-            reader.result()
+            try:
+                reader.result()
+            except DecodeError:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message is no DispatchRequest")
 
     async def _check_fingerprint(self, context: Context) -> None:
         metadata = dict(context.invocation_metadata() or ())
         asked = str(metadata.get(FINGERPRINT_KEY) or "none")
-        ours = self._identity.fingerprint
+        ours = self._offered.fingerprint
         if asked != ours:
-            who = f"replica {self._identity.replica_id} of group {self._identity.group}"
+            who = f"replica {self._offered.replica_id} of group {self._offered.group}"
             detail = f"{who} serves the model with fingerprint {ours}, the caller asks for {asked}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, detail)
 
@@ -140,7 +134,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
             waiting = f"{self._batcher.queued_rows} of at most {self._batcher.max_queued_rows} rows wait"
             self._refuse(stream, request.id, code, f"no room for {job.rows} rows: {waiting}")
         else:
-            self._refuse(stream, request.id, code, f"replica {self._identity.replica_id} is stopping")
+            self._refuse(stream, request.id, code, f"replica {self._offered.replica_id} is stopping")
 
     def _refuse(self, stream: Stream, request_id: int, code: pb.Code.ValueType, message: str) -> None:
         status = pb.Status(code=code, message=message)

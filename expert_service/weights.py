@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import numpy.typing
 
-from expertmesh.artifact.experts import ExpertWeights, load_experts
+from expertmesh.artifact.experts import ExpertWeights, expert_shapes, load_experts
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.errors import ConfigError
 from expertmesh.experts import LayerExperts, format_indices
@@ -16,19 +17,27 @@ from expertmesh.experts import LayerExperts, format_indices
 
 @dataclass(frozen=True)
 class HeldExperts:
-    """Decoder layer -> index -> weights, in host memory that maps the artifact's files."""
+    """Which experts of an artifact are held. Weights are mapped anew by each `load`, so that whoever packs or copies
+    them can let go of the mapped ones."""
 
+    artifact: Path
     manifest: Manifest
-    layers: dict[int, dict[int, ExpertWeights]]
+    layers: dict[int, frozenset[int]]
+    """Decoder layer -> indices."""
 
     @property
     def total_bytes(self) -> int:
-        return sum(
-            tensor.nbytes
-            for experts in self.layers.values()
-            for index, expert in experts.items()
-            for tensor in expert.named(index).values()
-        )
+        manifest = self.manifest
+        shapes = expert_shapes(manifest.hidden_size, manifest.intermediate_size, manifest.expert_function)
+        elements = sum(math.prod(shape) for shape in shapes.values())
+        return elements * manifest.torch_dtype.itemsize * sum(map(len, self.layers.values()))
+
+    def load(self, layer: int) -> dict[int, ExpertWeights]:
+        """Index -> weights of one layer, in host memory that maps the artifact's file.
+
+        Raises ArtifactError where the file is damaged.
+        """
+        return load_experts(self.artifact, self.manifest, layer, self.layers[layer])
 
     def mask(self, layer: int) -> numpy.typing.NDArray[numpy.bool_]:
         """[E] of the layer's experts: which of them are held."""
@@ -37,17 +46,8 @@ class HeldExperts:
         return held
 
 
-def load_held_experts(artifact: Path, manifest: Manifest, wanted: LayerExperts) -> HeldExperts:
-    """Maps the wanted experts in place, without a copy.
-
-    Raises ConfigError where a wanted expert does not exist, ArtifactError where its file is damaged.
-    """
-    _check(manifest, wanted)
-    layers = {layer: load_experts(artifact, manifest, layer, wanted[layer]) for layer in sorted(wanted)}
-    return HeldExperts(manifest, layers)
-
-
-def _check(manifest: Manifest, wanted: LayerExperts) -> None:
+def hold_experts(artifact: Path, manifest: Manifest, wanted: LayerExperts) -> HeldExperts:
+    """Raises ConfigError where a wanted expert does not exist."""
     for layer, indices in wanted.items():
         if layer not in manifest.layers:
             raise ConfigError(f"experts: layer {layer} has none (MoE layers: {format_indices(set(manifest.layers))})")
@@ -55,3 +55,4 @@ def _check(manifest: Manifest, wanted: LayerExperts) -> None:
         if beyond:
             last = manifest.layers[layer] - 1
             raise ConfigError(f"experts: layer {layer} has experts 0-{last}, not {format_indices(beyond)}")
+    return HeldExperts(artifact, manifest, {layer: frozenset(wanted[layer]) for layer in sorted(wanted)})

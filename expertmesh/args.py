@@ -6,7 +6,10 @@ A change of an application's args restarts it; replica bounds and Ray resources 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from expertmesh.config import EngineSection, Section
+from expertmesh.wire.tls import TlsFiles
 
 DIRECTORY_APPLICATION = "directory"
 DIRECTORY_DEPLOYMENT = "Directory"
@@ -37,6 +40,9 @@ class GroupArgs(Section):
     directory: str = "127.0.0.1:9000"
     lease_ms: int = 3000
     max_queued_rows: int = 65536
+    tls: TlsFiles | None = None
+    transport: Literal["auto", "native", "python"] = "auto"
+    """auto: the native server where it is installed."""
 
 
 class RouterArgs(Section):
@@ -47,6 +53,7 @@ class RouterArgs(Section):
     """Of the model in the OpenAI API."""
     engine: EngineSection = EngineSection()
     directory: str = "127.0.0.1:9000"
+    tls: TlsFiles | None = None
 
 
 class DirectoryArgs(Section):

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import yaml
 
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.errors import ConfigError
 from expertmesh.experts import LayerExperts, format_indices, parse_indices
+from expertmesh.wire.tls import TlsFiles
+from expertmesh.yaml_file import read_model
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 Port = Annotated[int, pydantic.Field(ge=1, le=65535)]
-MAX_CONFIG_BYTES = 2**20
 
 
 def _check_bounds(where: str, low: int, high: int) -> None:
@@ -43,6 +43,9 @@ class EngineSection(Section):
     kv_cache_gib: float = pydantic.Field(0.5, gt=0, description="KV cache on a CPU, GiB.")
     num_cpus: float = pydantic.Field(1, gt=0, description="CPUs of one router; also its thread count on a CPU.")
     num_gpus: float = pydantic.Field(0, ge=0, description="GPUs of one router; 0 runs it on the CPU.")
+    enforce_eager: bool | None = pydantic.Field(
+        None, description="Do not compile the trunk: a faster start, slower steps. Default: compiled on CPUs that have a C++ compiler."
+    )
     min_replicas: int = pydantic.Field(1, ge=1)
     max_replicas: int = pydantic.Field(1, ge=1)
     wait_for_experts_s: float = pydantic.Field(60, gt=0, description="How long a step waits for a missing expert.")
@@ -121,6 +124,13 @@ class DirectorySection(Section):
     lease_ms: int = pydantic.Field(3000, ge=300, description="A replica silent for this long is forgotten.")
 
 
+class SecuritySection(Section):
+    tls: TlsFiles | None = pydantic.Field(
+        None,
+        description="Mutual TLS between routers and replicas; paths are relative to the config file. Default: off.",
+    )
+
+
 class ClusterConfig(Section):
     name: Name = "expertmesh"
     model: ModelSection
@@ -128,6 +138,7 @@ class ClusterConfig(Section):
     groups: tuple[GroupSection, ...] = pydantic.Field(min_length=1)
     server: ServerSection = ServerSection()
     directory: DirectorySection = DirectorySection()
+    security: SecuritySection = SecuritySection()
 
     @pydantic.model_validator(mode="after")
     def group_names_differ(self) -> ClusterConfig:
@@ -139,56 +150,12 @@ class ClusterConfig(Section):
 
 
 def load_config(path: Path) -> ClusterConfig:
-    """Reads a config file; a relative artifact path starts at the file's folder.
+    """Reads a config file; relative paths of the artifact and of TLS files start at the file's folder.
 
     Raises ConfigError with one line: the file, the key and what is wrong with it.
     """
-    text = _read(path)
-    try:
-        content = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply") from None
-    if content is None:
-        raise ConfigError(f"{path}: is empty")
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no keys; a config begins with `model:` and `groups:`")
-    try:
-        config = ClusterConfig.model_validate(content)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {_first_problem(error)}") from None
-    model = config.model.model_copy(update={"artifact": (path.parent / config.model.artifact).resolve()})
-    return config.model_copy(update={"model": model})
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB; not a config")
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not text in UTF-8") from None
-
-
-def _first_problem(error: pydantic.ValidationError) -> str:
-    """`groups.0.num_gpus: unknown key`: where and what, of the first of the errors."""
-    first = error.errors()[0]
-    names = {"str", "dict[str,str]"}
-    key = ".".join(str(part) for part in first["loc"] if part not in names)
-    if first["type"] == "extra_forbidden":
-        what = "unknown key"
-    elif first["type"] == "missing":
-        what = "is missing"
-    else:
-        what = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {what}" if key else what
+    config = read_model(path, ClusterConfig, "a config begins with `model:` and `groups:`")
+    folder = path.parent
+    model = config.model.model_copy(update={"artifact": (folder / config.model.artifact).resolve()})
+    tls = config.security.tls and config.security.tls.relative_to(folder)
+    return config.model_copy(update={"model": model, "security": SecuritySection(tls=tls)})

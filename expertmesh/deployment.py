@@ -70,6 +70,7 @@ def _group_application(config: ClusterConfig, group: GroupSection, manifest: Man
         directory=directory_address(config),
         lease_ms=config.directory.lease_ms,
         max_queued_rows=group.max_queued_rows,
+        tls=config.security.tls,
     )
     dumped = args.model_dump(mode="json")
     dumped["experts"] = {str(layer): experts for layer, experts in dumped["experts"].items()}
@@ -85,6 +86,7 @@ def _router_application(config: ClusterConfig, manifest: Manifest) -> dict[str, 
         name=model_name(config, manifest),
         engine=config.engine,
         directory=directory_address(config),
+        tls=config.security.tls,
     )
     dumped = args.model_dump(mode="json", exclude={"engine": BOUNDS})
     application = _application(ROUTER_APPLICATION, "router_service.app:build", dumped)

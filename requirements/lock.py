@@ -32,8 +32,10 @@ Packages = dict[tuple[str, str], dict[str, set[str]]]
 
 def requirements() -> list[str]:
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    native = tomllib.loads((FOLDER.parent / "native" / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
-    return [*project["project"]["dependencies"], *extras["cpu"], *extras["dev"], *project["build-system"]["requires"]]
+    builds = [*project["build-system"]["requires"], *native["build-system"]["requires"]]
+    return [*project["project"]["dependencies"], *extras["cpu"], *extras["dev"], *builds]
 
 
 def resolve(folder: Path, machine: str, python: str, constraints: list[str]) -> Iterator[tuple[str, str, set[str]]]:

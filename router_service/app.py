@@ -6,6 +6,8 @@ All that touches Ray Serve LLM is here. Written against Ray 2.60.
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 
 from expertmesh.args import RouterArgs
 from expertmesh.artifact.manifest import TRUNK_DIRECTORY, read_manifest
+from expertmesh.config import EngineSection
 from router_service.connection import SETTINGS_KEY, RouterSettings
 from router_service.error_shape import ErrorShape
 
@@ -26,6 +29,10 @@ DEPLOYMENT = "Router"
 INGRESS = "OpenAiIngress"
 CPU_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 """vLLM 0.32's CPU kernel rotates the strided heads of MLA wrongly; its PyTorch form is right."""
+CPU_EXECUTOR = "router_service.vllm_executor.InProcessExecutor"
+CPU_ENGINE = "router_service.engines.serve_engine.InProcessEngine"
+GPU_COMPILATION = {"cudagraph_mode": "PIECEWISE"}
+"""A CUDA graph cannot hold an exchange with replicas; the plugin splits the graphs there."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -62,25 +69,35 @@ def llm_config(args: RouterArgs) -> LLMConfig:
 def engine_arguments(args: RouterArgs) -> dict[str, Any]:
     """vLLM's engine arguments: ours, over which the config's `engine.kwargs` go."""
     engine, manifest = args.engine, read_manifest(Path(args.artifact))
-    settings = RouterSettings(directory=args.directory, wait_for_experts_s=engine.wait_for_experts_s)
+    settings = RouterSettings(directory=args.directory, wait_for_experts_s=engine.wait_for_experts_s, tls=args.tls)
     arguments: dict[str, Any] = {
         "dtype": manifest.dtype if engine.dtype == "auto" else engine.dtype,
-        "enforce_eager": True,
-        "additional_config": {SETTINGS_KEY: settings.model_dump()},
+        "enforce_eager": not _compiles(engine) if engine.enforce_eager is None else engine.enforce_eager,
+        "additional_config": {SETTINGS_KEY: settings.model_dump(mode="json")},
     }
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len
     if not engine.num_gpus:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
         arguments["compilation_config"] = CPU_COMPILATION
+        arguments["distributed_executor_backend"] = CPU_EXECUTOR
+    elif not arguments["enforce_eager"]:
+        arguments["compilation_config"] = GPU_COMPILATION
     return arguments | engine.kwargs
+
+
+def _compiles(engine: EngineSection) -> bool:
+    """On CPUs, where torch.compile finds a C++ compiler. Graphs in pieces have not been tried on a GPU yet."""
+    return not engine.num_gpus and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def environment(num_cpus: float, num_gpus: float) -> dict[str, str]:
     """Thread counts by resources, so that router and replicas do not fight for cores; and no look-ups in a hub."""
     threads = str(max(1, math.floor(num_cpus)))
     variables = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return variables if num_gpus else variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if num_gpus:
+        return variables
+    return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAYLLM_VLLM_ENGINE_CLS": CPU_ENGINE}
 
 
 def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:

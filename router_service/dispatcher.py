@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.choice import choose_replicas
 from router_service.dispatch.scatter import Pairs, ReplicaBatch, combine, scatter, split, to_pairs
 from router_service.replicas import LiveReplicas
-from router_service.transport.base import Answer, Pending, Transport
+from router_service.transport.base import Answer, DirectTransport, Pending, Step, Transport
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class DispatchRefused(ExpertMeshError):
 
 
 @dataclass(frozen=True, slots=True)
-class Dispatch:
-    """A layer whose rows are on their way."""
+class BatchDispatch:
+    """A layer whose rows are on their way in batches made here."""
 
     layer: int
     hidden_states: torch.Tensor
@@ -42,6 +42,20 @@ class Dispatch:
     pending: Pending
     unserved: Pairs | None
     """Pairs that no live replica covered."""
+
+
+Dispatch = BatchDispatch | Step
+"""A layer whose rows are on their way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Answers that are there already."""
+
+    answers: list[Answer]
+
+    def wait(self) -> list[Answer]:
+        return self.answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +66,18 @@ class Dispatcher:
     transport: Transport
     wait_s: float = 60.0
     """How long a step waits for an expert that nobody serves."""
+    _direct: DirectTransport | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        direct = self.transport if isinstance(self.transport, DirectTransport) else None
+        object.__setattr__(self, "_direct", direct)
 
     def start(
         self, layer: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> Dispatch:
         """Sends hidden_states [T, H] to the experts topk_ids [T, K]; the caller may compute before it calls finish."""
+        if self._direct is not None:
+            return self._direct.scatter(layer, hidden_states, topk_ids, topk_weights)
         return self._send(layer, hidden_states, to_pairs(topk_ids, topk_weights), frozenset())
 
     def finish(self, dispatch: Dispatch) -> torch.Tensor:
@@ -65,6 +86,15 @@ class Dispatcher:
         What a replica fails to answer is sent to another; where no other covers the expert, it waits for one. Raises
         ExpertsUnavailable after `wait_s`, DispatchRefused where a replica calls the dispatch invalid.
         """
+        if not isinstance(dispatch, BatchDispatch):
+            total = dispatch.gather()
+            if total is not None:
+                return total
+            batches, answers, unserved = dispatch.answers()
+            dispatch = BatchDispatch(dispatch.layer, dispatch.hidden_states, batches, Answered(answers), unserved)
+        return self._complete(dispatch)
+
+    def _complete(self, dispatch: BatchDispatch) -> torch.Tensor:
         deadline = time.monotonic() + self.wait_s
         parts: list[tuple[ReplicaBatch, torch.Tensor]] = []
         failed_replicas: set[str] = set()
@@ -80,7 +110,7 @@ class Dispatcher:
         total = combine(rows, width, dispatch.hidden_states.dtype, parts)
         return total.to(dispatch.hidden_states.device)
 
-    def _send(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs, excluded: frozenset[str]) -> Dispatch:
+    def _send(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs, excluded: frozenset[str]) -> BatchDispatch:
         owners, missing = choose_replicas(pairs.counts(), self.replicas.candidates(layer, excluded))
         unserved = pairs.of(missing) if missing else None
         served = pairs.of(frozenset(owners)) if missing else pairs
@@ -90,10 +120,12 @@ class Dispatcher:
             for batch in (scatter(served, owners) if owners else [])
             for part in split(batch, live[batch.replica].max_rows if batch.replica in live else len(batch.rows))
         ]
-        return Dispatch(layer, hidden_states, batches, self.transport.start(layer, hidden_states, batches), unserved)
+        return BatchDispatch(
+            layer, hidden_states, batches, self.transport.start(layer, hidden_states, batches), unserved
+        )
 
     def _collect(
-        self, dispatch: Dispatch, parts: list[tuple[ReplicaBatch, torch.Tensor]], failed_replicas: set[str]
+        self, dispatch: BatchDispatch, parts: list[tuple[ReplicaBatch, torch.Tensor]], failed_replicas: set[str]
     ) -> Pairs:
         """Appends the parts that arrived; returns the pairs that still need an answer."""
         failed = [dispatch.unserved] if dispatch.unserved is not None else []
@@ -116,7 +148,9 @@ class Dispatcher:
         log.warning("%s; %d rows are sent again", reason, len(batch.rows))
         failed_replicas.add(batch.replica)
 
-    def _send_again(self, dispatch: Dispatch, failed: Pairs, failed_replicas: set[str], deadline: float) -> Dispatch:
+    def _send_again(
+        self, dispatch: BatchDispatch, failed: Pairs, failed_replicas: set[str], deadline: float
+    ) -> BatchDispatch:
         """Another replica at once where one covers the experts; else the same ones after a pause or a change."""
         seen = self.replicas.snapshot()
         again = self._send(dispatch.layer, dispatch.hidden_states, failed, frozenset(failed_replicas))

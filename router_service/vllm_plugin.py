@@ -6,10 +6,11 @@ artifact's trunk names the method in its `quantization_config`, so it loads with
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import CompilationConfig, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -22,7 +23,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from expertmesh.artifact.manifest import QUANT_METHOD
 from expertmesh.errors import ConfigError
 from router_service.connection import SETTINGS_KEY, RouterSettings, connect
-from router_service.dispatcher import Dispatcher
+from router_service.remote_op import OPERATORS, register_model
 
 
 def skip_weight(*args: Any, **kwargs: Any) -> bool:
@@ -40,8 +41,7 @@ class RemoteExperts(FusedMoEMethodBase):  # type: ignore[misc]
         super().__init__(moe)
         self._layer = layer
         self._fingerprint = fingerprint
-        self._settings = settings
-        self._connected: Dispatcher | None = None
+        register_model(fingerprint, functools.partial(connect, settings, fingerprint))
 
     @property
     def mk_can_overlap_shared_experts(self) -> bool:
@@ -87,12 +87,15 @@ class RemoteExperts(FusedMoEMethodBase):  # type: ignore[misc]
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """x [T, H], topk_weights and topk_ids [T, K] -> [T, H]."""
-        if self._connected is None:
-            self._connected = connect(self._settings, self._fingerprint)
-        dispatch = self._connected.start(self._layer, x, topk_ids, topk_weights)
-        if shared_experts is not None:
+        rows = (x, topk_weights, topk_ids, self._layer, self._fingerprint)
+        summed: torch.Tensor
+        if shared_experts is None:
+            summed = torch.ops.expertmesh.experts(*rows)
+        else:
+            ticket = torch.ops.expertmesh.start(*rows)
             shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        return self._connected.finish(dispatch)
+            summed = torch.ops.expertmesh.finish(ticket, x)
+        return summed
 
 
 class RemoteExpertsConfig(QuantizationConfig):  # type: ignore[misc]
@@ -133,8 +136,15 @@ class RemoteExpertsConfig(QuantizationConfig):  # type: ignore[misc]
             raise ConfigError("engine.kwargs: the trunk runs on one device; scale it with engine.max_replicas")
         if layer.apply_router_weight_on_input:
             raise ConfigError(f"{prefix}: experts whose input is weighted by the gate are not supported")
+        _split_graphs(vllm_config.compilation_config)
         settings = RouterSettings.model_validate(vllm_config.additional_config.get(SETTINGS_KEY, {}))
         return RemoteExperts(layer.moe_config, extract_layer_index(prefix), self.fingerprint, settings)
+
+
+def _split_graphs(compilation: CompilationConfig) -> None:
+    """Where vLLM compiles the model in pieces, ends a piece at every dispatch: no CUDA graph may hold one."""
+    if compilation.splitting_ops:
+        compilation.splitting_ops += [name for name in OPERATORS if name not in compilation.splitting_ops]
 
 
 def register() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 from expert_service.replica import Replica
 from expert_service.server import LoopThread
@@ -12,10 +15,13 @@ from expertmesh.args import GroupArgs
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.directory.server import start_directory
 from expertmesh.experts import format_indices
-from router_service.connection import RouterSettings
+from router_service.connection import NATIVE_MODULE, RouterSettings, open_transport
 from router_service.dispatcher import Dispatcher
 from router_service.replicas import LiveReplicas
-from router_service.transport.grpc_transport import GrpcTransport
+
+needs_native = pytest.mark.skipif(find_spec(NATIVE_MODULE) is None, reason="the native core is not built here")
+TRANSPORTS = ["python", pytest.param("native", marks=needs_native)]
+"""For tests that run over either."""
 
 
 def group_args(artifact: Path, directory: str, group: str, experts: set[int], **more: object) -> GroupArgs:
@@ -48,11 +54,11 @@ def running_groups(artifact: Path, directory: str, groups: int) -> Iterator[list
 
 
 @contextmanager
-def running_dispatcher(artifact: Path, directory: str) -> Iterator[Dispatcher]:
+def running_dispatcher(artifact: Path, directory: str, transport_name: str = "auto") -> Iterator[Dispatcher]:
     """A router's dispatcher that follows the directory."""
     live = LiveReplicas()
-    settings = RouterSettings(directory=directory)
-    transport = GrpcTransport(directory, read_manifest(artifact).fingerprint, live, settings.dispatch_timeout_s)
+    settings = RouterSettings.model_validate({"directory": directory, "transport": transport_name})
+    transport = open_transport(settings, read_manifest(artifact).fingerprint, live)
     try:
         yield Dispatcher(live, transport, settings.wait_for_experts_s)
     finally:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import grpc
+import grpc.aio
+
+from expertmesh.wire.tls import TlsFiles
+
 FINGERPRINT_KEY = "expertmesh-fingerprint"
 """Metadata key under which the caller of Dispatch names its model."""
 
@@ -24,3 +29,20 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.so_reuseport", 0),
 ]
+SERVER_NAME_OPTION = "grpc.ssl_target_name_override"
+
+
+def open_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
+    """A channel to a replica, not connected yet; raises ConfigError where a file of `tls` cannot be read."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    pem = tls.read()
+    name = [(SERVER_NAME_OPTION, tls.server_name)] if tls.server_name else []
+    credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+    return grpc.aio.secure_channel(address, credentials, options=[*CHANNEL_OPTIONS, *name])
+
+
+def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Of a replica, which asks for its callers' certificates too; raises ConfigError where a file cannot be read."""
+    pem = tls.read()
+    return grpc.ssl_server_credentials([(pem.key, pem.certificate)], pem.ca, require_client_auth=True)

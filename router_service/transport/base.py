@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from expertmesh.v1 import expert_pb2 as pb
-from router_service.dispatch.scatter import ReplicaBatch
+from router_service.dispatch.scatter import Pairs, ReplicaBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +46,31 @@ class Pending(Protocol):
 class Transport(Protocol):
     def start(self, layer: int, hidden_states: torch.Tensor, batches: Sequence[ReplicaBatch]) -> Pending:
         """Sends each batch's rows of hidden_states [T, H] to its replica and returns without waiting."""
+
+
+class Step(Protocol):
+    """A whole layer under way."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def hidden_states(self) -> torch.Tensor:
+        """[T, H]"""
+
+    def gather(self) -> torch.Tensor | None:
+        """Waits for all answers; gives what `combine` gives for them, on the device of the hidden states. None where
+        an answer failed or a pair has no replica."""
+
+    def answers(self) -> tuple[list[ReplicaBatch], list[Answer], Pairs | None]:
+        """After `gather` gave None: the batches, their answers and the pairs without a replica."""
+
+
+@runtime_checkable
+class DirectTransport(Transport, Protocol):
+    """A transport that chooses, scatters and combines by itself, with the results of `router_service.dispatch`."""
+
+    def scatter(
+        self, layer: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> Step:
+        """Sends hidden_states [T, H] to the experts topk_ids [T, K] and returns without waiting."""

@@ -1,157 +1,171 @@
-"""The gRPC transport: follows the directory, keeps a stream to every replica, exchanges batches."""
+"""The pure Python transport: exchanges batches over the streams that its links hold open.
+
+The thread that waits for a step runs the streams' event loop itself meanwhile; threads that wait at the same time are
+served by it or by the loop's own thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import logging
+import functools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import grpc
-import grpc.aio
+import numpy as np
 import torch
 
-from expertmesh.directory.client import watch
-from expertmesh.directory.table import merge
-from expertmesh.errors import FingerprintMismatch, WireError
-from expertmesh.v1 import directory_pb2
+from expertmesh.errors import WireError
 from expertmesh.v1 import expert_pb2 as pb
-from expertmesh.wire.tensors import encode
+from expertmesh.wire.tensors import WIRE_DTYPES, decode
+from expertmesh.wire.tls import TlsFiles
 from router_service.dispatch.scatter import ReplicaBatch
-from router_service.replicas import LiveReplica, LiveReplicas, experts_by_layer
-from router_service.transport.base import Answer
-from router_service.transport.stream import ReplicaStream
+from router_service.replicas import LiveReplica, LiveReplicas
+from router_service.transport.base import Answer, Timing
+from router_service.transport.links import Links
+from router_service.transport.shared_loop import SharedLoop
+from router_service.transport.stream import ReplicaStream, Reply
 
-log = logging.getLogger(__name__)
-
-FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
-"""Between attempts to reach a replica that the directory lists."""
+LOOK_AGAIN_S = 0.005
+"""How often a thread that waits while another one runs the loop looks whether it may run it."""
 
 
-@dataclass(frozen=True, slots=True)
-class GrpcPending:
-    futures: list[concurrent.futures.Future[Answer]]
+class Step:
+    """Requests under way, sent together. All but `wait` runs on the loop."""
+
+    def __init__(self, shared: SharedLoop, requests: Sequence[tuple[ReplicaStream | None, pb.DispatchRequest]]) -> None:
+        self._shared = shared
+        self._requests = requests
+        self._replies: list[Reply | None] = [None] * len(requests)
+        self._missing = len(requests)
+        self._done = threading.Event()
+        if not requests:
+            self._done.set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def send(self, timeout_s: float) -> None:
+        ids = [
+            stream.send(request, functools.partial(self._note, number)) if stream else 0
+            for number, (stream, request) in enumerate(self._requests)
+        ]
+        for number, (stream, _) in enumerate(self._requests):
+            if stream is None:
+                self._note(number, Reply(None, pb.CODE_UNAVAILABLE, "no stream to it"))
+        if self._missing:
+            self._timer = self._shared.loop.call_later(timeout_s, self._give_up, ids, timeout_s)
 
     def wait(self) -> list[Answer]:
-        return [_result(future) for future in self.futures]
+        while not self._done.is_set():
+            with self._shared.borrow() as ours:
+                if ours:
+                    self._shared.run_until(self._done.is_set)
+            if not ours:
+                self._shared.call_soon(lambda: None)
+                self._done.wait(LOOK_AGAIN_S)
+        return [
+            _to_answer(request, reply)
+            for (_, request), reply in zip(self._requests, self._replies, strict=True)
+            if reply is not None
+        ]
+
+    def _note(self, number: int, reply: Reply) -> None:
+        self._replies[number] = reply
+        self._missing -= 1
+        if not self._missing:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._done.set()
+            self._shared.interrupt()
+
+    def _give_up(self, ids: Sequence[int], timeout_s: float) -> None:
+        late = Reply(None, pb.CODE_DEADLINE_EXCEEDED, f"no answer within {timeout_s:g} s")
+        for (stream, _), request_id in zip(self._requests, ids, strict=True):
+            if stream is not None:
+                stream.give_up(request_id, late)
 
 
 class GrpcTransport:
-    """Owns an event loop on a thread of its own, so that it may be used from any thread and process."""
+    """May be used from any thread and process."""
 
-    def __init__(self, directory: str, fingerprint: str, replicas: LiveReplicas, timeout_s: float = 30.0) -> None:
-        self._directory = directory
+    def __init__(
+        self,
+        directory: str,
+        fingerprint: str,
+        replicas: LiveReplicas,
+        timeout_s: float = 30.0,
+        tls: TlsFiles | None = None,
+    ) -> None:
         self._fingerprint = fingerprint
-        self._replicas = replicas
         self._timeout_s = timeout_s
-        self._streams: dict[str, tuple[ReplicaStream, LiveReplica]] = {}
-        self._links: dict[str, asyncio.Task[None]] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="expertmesh-transport", daemon=True)
-        self._thread.start()
-        self._follower = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
+        self._tls = tls
+        self._streams: dict[str, ReplicaStream] = {}
+        self._replicas = replicas
+        self._links = Links(directory, fingerprint, replicas, self._open, tls)
+        self._shared = self._links.shared
 
-    def start(self, layer: int, hidden_states: torch.Tensor, batches: Sequence[ReplicaBatch]) -> GrpcPending:
-        """Sends each batch's rows of hidden_states [T, H]; copies them once to the host and once into the message."""
-        host = hidden_states.detach().cpu()
-        return GrpcPending([self._submit(batch, _request(layer, host, batch)) for batch in batches])
+    def start(self, layer: int, hidden_states: torch.Tensor, batches: Sequence[ReplicaBatch]) -> Step:
+        """Sends each batch's rows of hidden_states [T, H]; copies them once to the host and twice on the way out."""
+        host = hidden_states.detach().cpu().contiguous()
+        rows_TB = host.view(torch.uint8).numpy()
+        timeout_us = int(self._timeout_s * 1e6)
+        requests = [
+            (self._streams.get(batch.replica), _request(layer, rows_TB, host.dtype, batch, timeout_us))
+            for batch in batches
+        ]
+        step = Step(self._shared, requests)
+        with self._shared.borrow() as ours:
+            if ours:
+                self._shared.loop.call_soon(step.send, self._timeout_s)
+                self._shared.run_once()
+                return step
+        self._shared.call_soon(functools.partial(step.send, self._timeout_s))
+        return step
 
     def close(self) -> None:
         """Ends the streams and the thread."""
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
+        self._links.close()
 
-    def _submit(self, batch: ReplicaBatch, request: pb.DispatchRequest) -> concurrent.futures.Future[Answer]:
-        return asyncio.run_coroutine_threadsafe(self._exchange(batch.replica, request), self._loop)
-
-    async def _exchange(self, replica_id: str, request: pb.DispatchRequest) -> Answer:
-        if replica_id not in self._streams:
-            return Answer(pb.CODE_UNAVAILABLE, "no stream to it")
-        stream, live = self._streams[replica_id]
-        rows = request.hidden_states.rows
-        live.rows_under_way += rows
-        live.rows_sent += rows
-        try:
-            return await stream.exchange(request, self._timeout_s)
-        finally:
-            live.rows_under_way -= rows
-
-    async def _follow(self) -> None:
-        table: directory_pb2.Table | None = None
-        async for received in watch(self._directory):
-            table = merge(table, received)
-            listed = {one.replica_id: one for one in table.replicas}
-            for replica_id in self._links.keys() - listed.keys():
-                self._links.pop(replica_id).cancel()
-            for replica_id, replica in listed.items():
-                if replica.state == pb.REPLICA_STATE_DRAINING:
-                    self._replicas.remove(replica_id)
-                elif replica.state == pb.REPLICA_STATE_READY and replica_id not in self._links:
-                    self._links[replica_id] = asyncio.create_task(self._keep(replica))
-
-    async def _keep(self, replica: directory_pb2.Replica) -> None:
-        """Holds a stream to the replica open for as long as the directory lists it."""
-        pause = FIRST_PAUSE_S
-        while True:
-            try:
-                reason = await self._serve(replica)
-                pause = FIRST_PAUSE_S
-            except (FingerprintMismatch, WireError) as error:
-                reason = str(error)
-                self._replicas.refused[replica.address] = reason
-            except grpc.aio.AioRpcError as error:
-                reason = f"{error.code().name}: {error.details()}"
-            log.warning("replica %s at %s: %s", replica.replica_id, replica.address, reason)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LAST_PAUSE_S)
-
-    async def _serve(self, replica: directory_pb2.Replica) -> str:
-        """Connects, offers the replica to the dispatcher until its stream ends, and returns why it ended."""
-        live = LiveReplica(replica.replica_id, replica.group, experts_by_layer(replica.layers), 1)
-
-        def note_load(load: pb.Load) -> None:
-            live.queued_rows = max(0, load.queued_rows - live.rows_under_way)
-
-        stream = ReplicaStream(replica.address, self._fingerprint, note_load)
-        try:
-            description = await stream.connect()
-            live.max_rows = description.limits.max_rows
-            self._replicas.refused.pop(replica.address, None)
-            self._streams[replica.replica_id] = stream, live
-            self._replicas.add(live)
-            log.info("replica %s (group %s) at %s is in use", live.replica_id, live.group, replica.address)
-            return await stream.read()
-        finally:
-            self._replicas.remove(replica.replica_id)
-            self._streams.pop(replica.replica_id, None)
-            await stream.close()
-
-    async def _close(self) -> None:
-        self._follower.cancel()
-        links = list(self._links.values())
-        for link in links:
-            link.cancel()
-        await asyncio.gather(*links, return_exceptions=True)
+    async def _open(self, address: str, live: LiveReplica) -> ReplicaStream:
+        stream = ReplicaStream(address, self._fingerprint, live, self._tls)
+        known = self._replicas.snapshot()
+        self._streams = {key: one for key, one in self._streams.items() if key in known}
+        self._streams[live.replica_id] = stream
+        return stream
 
 
-def _result(future: concurrent.futures.Future[Answer]) -> Answer:
-    try:
-        return future.result()
-    except concurrent.futures.CancelledError:  # a write was under way when the stream was closed
-        return Answer(pb.CODE_UNAVAILABLE, "its stream was closed")
-
-
-def _request(layer: int, host: torch.Tensor, batch: ReplicaBatch) -> pb.DispatchRequest:
-    rows = encode(host if len(batch.rows) == len(host) else host[torch.from_numpy(batch.rows)])
+def _request(
+    layer: int, rows_TB: np.ndarray, dtype: torch.dtype, batch: ReplicaBatch, timeout_us: int
+) -> pb.DispatchRequest:
+    """rows_TB: the bytes of each token's row."""
+    rows_RB = rows_TB if len(batch.rows) == len(rows_TB) else rows_TB[batch.rows]
+    wire_dtype = WIRE_DTYPES[dtype]
+    width = rows_RB.shape[1] // dtype.itemsize
+    pairs = len(batch.pair_rows)
     return pb.DispatchRequest(
         layer=layer,
-        hidden_states=rows,
-        pair_rows=encode(torch.from_numpy(batch.pair_rows)),
-        pair_experts=encode(torch.from_numpy(batch.pair_experts)),
-        pair_weights=encode(torch.from_numpy(batch.pair_weights)),
-        output_dtype=rows.dtype,
+        hidden_states=pb.Tensor(dtype=wire_dtype, rows=len(rows_RB), width=width, data=rows_RB.tobytes()),
+        pair_rows=pb.Tensor(dtype=pb.DTYPE_INT32, rows=pairs, width=1, data=batch.pair_rows.tobytes()),
+        pair_experts=pb.Tensor(dtype=pb.DTYPE_INT32, rows=pairs, width=1, data=batch.pair_experts.tobytes()),
+        pair_weights=pb.Tensor(dtype=pb.DTYPE_FLOAT32, rows=pairs, width=1, data=batch.pair_weights.tobytes()),
+        output_dtype=wire_dtype,
+        timeout_us=timeout_us,
     )
+
+
+def _to_answer(request: pb.DispatchRequest, reply: Reply) -> Answer:
+    """Checks the response against what was asked: another shape or type counts as a failure of the replica."""
+    response = reply.response
+    if response is None:
+        return Answer(reply.code, reply.message)
+    if response.status.code != pb.CODE_OK:
+        return Answer(response.status.code, response.status.message)
+    sent = request.hidden_states
+    try:
+        output = decode(response.output, "output")
+    except WireError as error:
+        return Answer(pb.CODE_INTERNAL, str(error))
+    if output.shape != (sent.rows, sent.width) or response.output.dtype != request.output_dtype:
+        return Answer(
+            pb.CODE_INTERNAL, f"answered {tuple(output.shape)} {output.dtype} for {sent.rows} x {sent.width} rows"
+        )
+    timing = Timing(reply.round_trip_us, response.timings.queue_us, response.timings.compute_us)
+    return Answer(pb.CODE_OK, output=output, timing=timing)

@@ -5,108 +5,112 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import grpc.aio
 
-from expertmesh.errors import FingerprintMismatch, WireError
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
-from expertmesh.wire.channel import CHANNEL_OPTIONS, FINGERPRINT_KEY, PROTOCOL_VERSION
-from expertmesh.wire.tensors import decode
-from router_service.transport.base import Answer, Timing
+from expertmesh.wire.channel import FINGERPRINT_KEY, open_channel
+from expertmesh.wire.tls import TlsFiles
+from router_service.replicas import LiveReplica
 
-CONNECT_TIMEOUT_S = 5.0
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A response, or why there is none."""
+
+    response: pb.DispatchResponse | None
+    code: pb.Code.ValueType = pb.CODE_OK
+    message: str = ""
+    round_trip_us: int = 0
+
+
+OnReply = Callable[[Reply], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    rows: int
+    sent_at: float
+    on_reply: OnReply
 
 
 class ReplicaStream:
-    """Lives on one event loop. `exchange` may be called many times at once; answers are matched by id."""
+    """Lives on one event loop. Any number of requests may be open; replies are matched by id."""
 
-    def __init__(self, address: str, fingerprint: str, on_load: Callable[[pb.Load], None]) -> None:
-        self.address = address
-        self._fingerprint = fingerprint
-        self._on_load = on_load
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._stub = pb_grpc.ExpertServiceStub(self._channel)
+    def __init__(self, address: str, fingerprint: str, live: LiveReplica, tls: TlsFiles | None = None) -> None:
+        self._live = live
+        self._channel = open_channel(address, tls)
+        stub = pb_grpc.ExpertServiceStub(self._channel)
+        self._call: Any = stub.Dispatch(metadata=((FINGERPRINT_KEY, fingerprint),))
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[pb.DispatchResponse]] = {}
-        self._writing = asyncio.Lock()
-        self._call: Any = None
+        self._waiting: dict[int, Waiting] = {}
+        self._unwritten: deque[pb.DispatchRequest] = deque()
+        self._writer: asyncio.Task[None] | None = None
+        self._why_ended: str | None = None
 
-    async def connect(self) -> pb.DescribeResponse:
-        """Asks what the replica serves and opens the stream.
+    def send(self, request: pb.DispatchRequest, on_reply: OnReply) -> int:
+        """Sends it as soon as what was sent before is written; every failure is a reply too. Returns its id."""
+        request.id = next(self._ids)
+        if self._why_ended is not None:
+            on_reply(Reply(None, pb.CODE_UNAVAILABLE, self._why_ended))
+            return request.id
+        rows = request.hidden_states.rows
+        self._live.rows_under_way += rows
+        self._live.rows_sent += rows
+        self._waiting[request.id] = Waiting(rows, time.monotonic(), on_reply)
+        self._unwritten.append(request)
+        if self._writer is None:
+            self._writer = asyncio.create_task(self._write())
+        return request.id
 
-        Raises FingerprintMismatch where it is another model, WireError where it speaks another protocol, and
-        grpc.aio.AioRpcError where it does not answer.
-        """
-        description = await self._stub.Describe(pb.DescribeRequest(), timeout=CONNECT_TIMEOUT_S)
-        if description.protocol_version != PROTOCOL_VERSION:
-            raise WireError(f"speaks protocol {description.protocol_version}, this router {PROTOCOL_VERSION}")
-        if description.fingerprint != self._fingerprint:
-            raise FingerprintMismatch(
-                f"serves model {description.fingerprint[:12]}, this router's is {self._fingerprint[:12]}"
-            )
-        self._call = self._stub.Dispatch(metadata=((FINGERPRINT_KEY, self._fingerprint),))
-        return description
+    def give_up(self, request_id: int, reply: Reply) -> None:
+        """Replies in the replica's stead, unless it has; what it still answers is ignored."""
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is not None:
+            self._live.rows_under_way -= waiting.rows
+            waiting.on_reply(reply)
 
-    async def read(self) -> str:
-        """Hands answers to their callers until the stream ends; returns why it did. All who wait are told so."""
-        reason = "the replica ended the stream"
+    async def ended(self) -> str:
+        """Hands replies to those who wait until the stream ends; returns why it did. All who wait are told so."""
+        reason = "its stream was closed"
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
-                waiting = self._waiting.get(response.id)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(response)
+                self._receive(response)
+            reason = "the replica ended the stream"
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
         finally:
-            for waiting in self._waiting.values():
-                if not waiting.done():
-                    waiting.set_exception(ConnectionError(reason))
+            self._why_ended = reason
+            for request_id in tuple(self._waiting):
+                self.give_up(request_id, Reply(None, pb.CODE_UNAVAILABLE, reason))
         return reason
 
-    async def exchange(self, request: pb.DispatchRequest, timeout_s: float) -> Answer:
-        """Sends one request and waits for its answer; every failure is an answer too."""
-        request.id = next(self._ids)
-        request.timeout_us = int(timeout_s * 1e6)
-        waiting: asyncio.Future[pb.DispatchResponse] = asyncio.get_running_loop().create_future()
-        self._waiting[request.id] = waiting
-        began = time.monotonic()
-        try:
-            async with self._writing:
-                await self._call.write(request)
-            response = await asyncio.wait_for(waiting, timeout_s)
-        except TimeoutError:
-            return Answer(pb.CODE_DEADLINE_EXCEEDED, f"no answer within {timeout_s:g} s")
-        except (ConnectionError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            return Answer(pb.CODE_UNAVAILABLE, str(error) or type(error).__name__)
-        finally:
-            self._waiting.pop(request.id, None)
-            if not waiting.done():
-                waiting.cancel()
-        self._on_load(response.load)
-        return _to_answer(request, response, int((time.monotonic() - began) * 1e6))
-
     async def close(self) -> None:
-        if self._call is not None:
-            self._call.cancel()
+        self._call.cancel()
+        if self._writer is not None:
+            self._writer.cancel()
         await self._channel.close()
 
+    async def _write(self) -> None:
+        try:
+            while self._unwritten:
+                await self._call.write(self._unwritten.popleft())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            self._unwritten.clear()  # the stream has ended, of which its reader tells those who wait
+        finally:
+            self._writer = None
 
-def _to_answer(request: pb.DispatchRequest, response: pb.DispatchResponse, round_trip_us: int) -> Answer:
-    """Checks the response against what was asked: another shape or type counts as a failure of the replica."""
-    if response.status.code != pb.CODE_OK:
-        return Answer(response.status.code, response.status.message)
-    sent = request.hidden_states
-    try:
-        output = decode(response.output, "output")
-    except WireError as error:
-        return Answer(pb.CODE_INTERNAL, str(error))
-    if output.shape != (sent.rows, sent.width) or response.output.dtype != request.output_dtype:
-        return Answer(
-            pb.CODE_INTERNAL, f"answered {tuple(output.shape)} {output.dtype} for {sent.rows} x {sent.width} rows"
-        )
-    timing = Timing(round_trip_us, response.timings.queue_us, response.timings.compute_us)
-    return Answer(pb.CODE_OK, output=output, timing=timing)
+    def _receive(self, response: pb.DispatchResponse) -> None:
+        waiting = self._waiting.pop(response.id, None)
+        if waiting is None:
+            return
+        live = self._live
+        live.rows_under_way -= waiting.rows
+        live.queued_rows = max(0, response.load.queued_rows - live.rows_under_way)
+        round_trip_us = int((time.monotonic() - waiting.sent_at) * 1e6)
+        waiting.on_reply(Reply(response, round_trip_us=round_trip_us))

@@ -80,3 +80,12 @@ def test_changed_bounds_change_no_args(group: str) -> None:
     before, after = applications(SCALED), applications(ClusterConfig.model_validate(changed))
     assert {name: one["args"] for name, one in before.items()} == {name: one["args"] for name, one in after.items()}
     assert before[f"experts-{group}"] != after[f"experts-{group}"]
+
+
+def test_both_ends_get_the_tls_files() -> None:
+    files = {"ca": "/tls/ca.pem", "certificate": "/tls/tls.crt", "key": "/tls/tls.key", "server_name": "experts"}
+    made = applications(config(security={"tls": files}))
+    assert made["experts-a"]["args"]["tls"] == made["router"]["args"]["tls"] == files
+    assert (
+        GroupArgs.model_validate(made["experts-a"]["args"]).tls == RouterArgs.model_validate(made["router"]["args"]).tls
+    )

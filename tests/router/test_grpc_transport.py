@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mesh import group_args, running_directory, running_dispatcher, running_groups
+from mesh import TRANSPORTS, group_args, running_directory, running_dispatcher, running_groups
 from tiny_models import EXPERTS, make_checkpoint
 
 from expert_service.replica import Replica
@@ -28,6 +28,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("transport")
     prepare(make_checkpoint("mixtral", folder / "checkpoint"), folder / "artifact")
     return folder / "artifact"
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.fixture
@@ -58,21 +64,29 @@ def check(dispatcher: Dispatcher, artifact: Path, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3, 8])
-def test_the_sum_over_groups_is_the_dense_result(artifact: Path, directory: str, groups: int) -> None:
-    with running_groups(artifact, directory, groups) as replicas, running_dispatcher(artifact, directory) as dispatcher:
+def test_the_sum_over_groups_is_the_dense_result(artifact: Path, directory: str, groups: int, transport: str) -> None:
+    with (
+        running_groups(artifact, directory, groups) as replicas,
+        running_dispatcher(artifact, directory, transport) as dispatcher,
+    ):
         for seed in range(5):
             check(dispatcher, artifact, seed)
         assert all(replica.load().rows_total for replica in replicas)
 
 
-def test_a_replica_of_another_model_is_refused_and_named(artifact: Path, directory: str, tmp_path: Path) -> None:
+def test_a_replica_of_another_model_is_refused_and_named(
+    artifact: Path, directory: str, tmp_path: Path, transport: str
+) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for item in ("experts", "trunk"):
         (other / item).symlink_to(artifact / item)
     manifest = json.loads((artifact / MANIFEST_FILE).read_text())
     (other / MANIFEST_FILE).write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
-    with running_groups(other, directory, 1) as replicas, running_dispatcher(artifact, directory) as dispatcher:
+    with (
+        running_groups(other, directory, 1) as replicas,
+        running_dispatcher(artifact, directory, transport) as dispatcher,
+    ):
         short = Dispatcher(dispatcher.replicas, dispatcher.transport, wait_s=3.0)
         reason = rf"within 3 s; {replicas[0].address} refused: serves model 000000000000, this router's is"
         with pytest.raises(ExpertsUnavailable, match=reason):
@@ -80,8 +94,13 @@ def test_a_replica_of_another_model_is_refused_and_named(artifact: Path, directo
         assert replicas[0].load().rows_total == 0
 
 
-def test_a_stopped_replica_s_rows_go_to_another_of_the_same_experts(artifact: Path, directory: str) -> None:
-    with running_groups(artifact, directory, 1) as twins, running_dispatcher(artifact, directory) as dispatcher:
+def test_a_stopped_replica_s_rows_go_to_another_of_the_same_experts(
+    artifact: Path, directory: str, transport: str
+) -> None:
+    with (
+        running_groups(artifact, directory, 1) as twins,
+        running_dispatcher(artifact, directory, transport) as dispatcher,
+    ):
         second = Replica(group_args(artifact, directory, "g0", set(range(EXPERTS))), directory)
         wait_for(dispatcher, 2)
         second.stop()
@@ -90,8 +109,11 @@ def test_a_stopped_replica_s_rows_go_to_another_of_the_same_experts(artifact: Pa
         assert twins[0].load().rows_total > 0
 
 
-def test_two_replicas_of_a_group_share_the_rows_of_one_router(artifact: Path, directory: str) -> None:
-    with running_groups(artifact, directory, 1) as twins, running_dispatcher(artifact, directory) as dispatcher:
+def test_two_replicas_of_a_group_share_the_rows_of_one_router(artifact: Path, directory: str, transport: str) -> None:
+    with (
+        running_groups(artifact, directory, 1) as twins,
+        running_dispatcher(artifact, directory, transport) as dispatcher,
+    ):
         second = Replica(group_args(artifact, directory, "g0", set(range(EXPERTS))), directory)
         try:
             wait_for(dispatcher, 2)
@@ -102,9 +124,9 @@ def test_two_replicas_of_a_group_share_the_rows_of_one_router(artifact: Path, di
             second.stop()
 
 
-def test_groups_are_replaced_while_rows_flow(artifact: Path, directory: str) -> None:
+def test_groups_are_replaced_while_rows_flow(artifact: Path, directory: str, transport: str) -> None:
     """Rebalancing needs no epoch: the new groups are used once they are there, the old ones drain and go."""
-    with running_dispatcher(artifact, directory) as dispatcher:
+    with running_dispatcher(artifact, directory, transport) as dispatcher:
         for groups in (1, 4, 2):
             with running_groups(artifact, directory, groups) as replicas:
                 wait_for(dispatcher, groups, of={replica.replica_id for replica in replicas})
@@ -114,10 +136,10 @@ def test_groups_are_replaced_while_rows_flow(artifact: Path, directory: str) -> 
                 assert dispatcher.replicas.candidates(LAYER) == [] or wait_for(dispatcher, 0)
 
 
-def test_a_full_queue_pushes_back_and_nothing_is_lost(artifact: Path, directory: str) -> None:
+def test_a_full_queue_pushes_back_and_nothing_is_lost(artifact: Path, directory: str, transport: str) -> None:
     replica = Replica(group_args(artifact, directory, "g0", set(range(EXPERTS)), max_queued_rows=4), directory)
     try:
-        with running_dispatcher(artifact, directory) as dispatcher:
+        with running_dispatcher(artifact, directory, transport) as dispatcher:
             for seed in range(5):
                 check(dispatcher, artifact, seed)
     finally:

@@ -1,0 +1,20 @@
+"""Which executor computes."""
+
+from __future__ import annotations
+
+import torch
+
+from expert_service.executor import Executor, LoopExecutor
+from expert_service.grouped import GroupedExecutor, grouped_mm_serves
+from expert_service.packed import PackedExecutor
+from expert_service.vllm_kernels import find_kernels
+from expert_service.weights import HeldExperts
+
+
+def build_executor(held: HeldExperts, device: torch.device, num_threads: int = 1) -> Executor:
+    """The fastest executor for these experts on this device; num_threads load the weights."""
+    if grouped_mm_serves(held, device):
+        return GroupedExecutor(held, device)
+    most_experts = max(map(len, held.layers.values()), default=0)
+    kernels = find_kernels(held.manifest, most_experts) if device.type == "cpu" else None
+    return LoopExecutor(held, device) if kernels is None else PackedExecutor(held, kernels, num_threads)

