@@ -13,6 +13,7 @@ import expertmesh
 from expertmesh.commands.config_schema import config_schema
 from expertmesh.commands.down import down
 from expertmesh.commands.generate import generate
+from expertmesh.commands.loadtest import loadtest
 from expertmesh.commands.prepare import prepare
 from expertmesh.commands.status import status
 from expertmesh.commands.up import up
@@ -21,6 +22,7 @@ from expertmesh.errors import ExpertMeshError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 for command in (up, down, status, generate, prepare, config_schema):
     app.command()(command)
+app.add_typer(loadtest, name="loadtest")
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,1 @@
+"""Synthetic traffic against a cluster: arrivals, workloads, expert skew, faults and the report."""

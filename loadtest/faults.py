@@ -1,0 +1,133 @@
+"""Faults on a schedule, on a cluster of one's own: kill, hang or slow a replica, restart the directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+
+from expertmesh.args import DIRECTORY_APPLICATION
+from expertmesh.cluster.processes import MARKER
+from expertmesh.cluster.record import Record
+from expertmesh.cluster.serve_api import ServeApi
+from expertmesh.directory.client import list_table
+from expertmesh.errors import ClusterError, ConfigError
+from loadtest.config import Fault, RunConfig
+from loadtest.endpoint import Endpoint
+from loadtest.records import FaultRecord
+from loadtest.target import Clock
+
+SLOW_PERIOD_S = 0.1
+
+
+class Injector:
+    """Carries out a run's faults, each on a thread of its own; one that cannot be done is told, and the run goes on."""
+
+    def __init__(self, config: RunConfig, endpoint: Endpoint) -> None:
+        """Raises ConfigError where the cluster is not one that `up` started on this machine or lacks the group."""
+        self._faults = config.faults
+        self._cluster = endpoint.cluster
+        if config.faults:
+            self._cluster = _own(endpoint.cluster)
+            _check_groups(config, self._cluster)
+
+    def start(self, clock: Clock, repeat: int) -> None:
+        self._stop = threading.Event()
+        self._done: list[FaultRecord] = []
+        self._threads = [
+            threading.Thread(target=self._run, args=(fault, clock, repeat), name="loadtest-fault", daemon=True)
+            for fault in self._faults
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> list[FaultRecord]:
+        """Ends hangs and slow spells that go on, drops faults that are not due yet; what was done, in order."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        return sorted(self._done, key=lambda record: record.at_s)
+
+    def _run(self, fault: Fault, clock: Clock, repeat: int) -> None:
+        if self._stop.wait(max(0.0, fault.at_s - clock.now())) or self._cluster is None:
+            return
+        at_s, target, error = clock.now(), fault.group or "directory", ""
+        try:
+            target, process = find_process(fault, self._cluster)
+            inflict(fault, process, self._stop)
+        except (ClusterError, psutil.Error) as failure:
+            error = str(failure)
+        until_s = clock.now() if fault.for_s is not None and not error else None
+        self._done.append(FaultRecord(repeat, at_s, fault.kind, target, until_s, error))
+
+
+def inflict(fault: Fault, process: psutil.Process, stop: threading.Event) -> None:
+    """Returns when the fault is over or `stop` is set, with the process running; raises psutil.Error if it is gone."""
+    if fault.for_s is None:
+        process.kill()
+        return
+    ends_at = time.monotonic() + fault.for_s
+    try:
+        while time.monotonic() < ends_at and not stop.is_set():
+            process.suspend()
+            if fault.kind == "hang":
+                stop.wait(fault.for_s)
+                return
+            stop.wait(SLOW_PERIOD_S * (1 - 1 / fault.factor))
+            process.resume()
+            stop.wait(SLOW_PERIOD_S / fault.factor)
+    finally:
+        if process.is_running():
+            process.send_signal(signal.SIGCONT)
+
+
+def find_process(fault: Fault, cluster: Record) -> tuple[str, psutil.Process]:
+    """Whom the fault hits, and its process; raises ClusterError where it is not there or not the cluster's own."""
+    if fault.kind == "restart_directory":
+        target, pid = "directory", _directory_pid(cluster)
+    else:
+        replicas = [replica for replica in list_table(cluster.directory).replicas if replica.group == fault.group]
+        if fault.replica >= len(replicas):
+            raise ClusterError(
+                f"group {fault.group} has {len(replicas)} replicas now, none with number {fault.replica}"
+            )
+        replica = sorted(replicas, key=lambda one: one.replica_id)[fault.replica]
+        target, pid = replica.replica_id, replica.pid
+    if pid == os.getpid():
+        raise ClusterError(f"{target} is the load test's own process")
+    try:
+        process = psutil.Process(pid)
+        ours = process.environ().get(MARKER) == cluster.marker
+    except (psutil.Error, OSError):
+        raise ClusterError(f"{target}: process {pid} is not one of ours on this machine") from None
+    if not ours:
+        raise ClusterError(f"{target}: process {pid} was not started by `expertmesh up` for {cluster.name}")
+    return target, process
+
+
+def _directory_pid(cluster: Record) -> int:
+    """Ray Serve starts another when it ends."""
+    details = ServeApi(cluster.dashboard, cluster.token).details()
+    deployments = details.get("applications", {}).get(DIRECTORY_APPLICATION, {}).get("deployments", {})
+    pids = [replica["pid"] for one in deployments.values() for replica in one["replicas"] if replica.get("pid")]
+    if not pids:
+        raise ClusterError("Ray Serve runs no directory")
+    return int(pids[0])
+
+
+def _own(cluster: Record | None) -> Record:
+    if cluster is None or cluster.marker is None:
+        whose = f"cluster {cluster.name!r} was not started on this machine" if cluster else "no cluster is named"
+        raise ConfigError(f"faults: {whose}; faults need one that `expertmesh up` started here")
+    return cluster
+
+
+def _check_groups(config: RunConfig, cluster: Record) -> None:
+    known = {replica.group for replica in list_table(cluster.directory).replicas}
+    for number, fault in enumerate(config.faults):
+        if fault.group is not None and fault.group not in known:
+            groups = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f"faults.{number}.group: the cluster has no group {fault.group!r} (groups: {groups})")

@@ -1,0 +1,209 @@
+"""Faults on real processes: a directory and replicas that carry a cluster's marker, as `up` starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from session_cluster import Cluster
+
+from expertmesh.cluster.processes import MARKER
+from expertmesh.cluster.record import Record
+from expertmesh.directory.client import list_table
+from expertmesh.errors import ClusterError, ConfigError
+from expertmesh.v1 import directory_pb2
+from loadtest.config import RunConfig
+from loadtest.endpoint import Endpoint
+from loadtest.faults import Injector
+from loadtest.records import FaultRecord
+from loadtest.target import Clock
+
+MARK = "loadtest-faults"
+PATIENCE_S = 60.0
+
+
+@dataclass
+class Processes:
+    record: Record
+    start_replica: Callable[[], int]
+    """Returns its pid when the directory lists it."""
+
+    def replicas(self) -> list[directory_pb2.Replica]:
+        return list(list_table(self.record.directory).replicas)
+
+
+@pytest.fixture
+def processes(demo_artifact: Path) -> Iterator[Processes]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> tuple[int, str]:
+        """Its pid and the address that it prints."""
+        environment = os.environ | {MARKER: MARK}
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        return process.pid, process.stdout.readline().strip()
+
+    _, directory = start("expertmesh.directory")
+    record = Record(name="ours", config="", dashboard="", http="", directory=directory, model="demo", marker=MARK)
+
+    def start_replica() -> int:
+        options = ("--artifact", str(demo_artifact), "--group", "a", "--experts", "0-15", "--directory", directory)
+        pid, _ = start("expert_service", *options)
+        until(lambda: pid in [replica.pid for replica in list_table(directory).replicas])
+        return pid
+
+    try:
+        yield Processes(record, start_replica)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s"
+        time.sleep(0.01)
+
+
+def injector(cluster: Record | None, *faults: dict[str, Any]) -> Injector:
+    config = RunConfig.model_validate(
+        {
+            "target": {"kind": "experts", "cluster": "ours"},
+            "stages": [{"name": "s", "duration_s": 1, "arrivals": {"kind": "constant", "rate": 1}}],
+            "faults": faults,
+        }
+    )
+    return Injector(config, Endpoint(None, None, cluster.directory if cluster else None, cluster))
+
+
+def inject(cluster: Record, seconds: float, *faults: dict[str, Any]) -> list[FaultRecord]:
+    made = injector(cluster, *faults)
+    made.start(Clock(time.monotonic()), 2)
+    time.sleep(seconds)
+    return made.stop()
+
+
+def test_kill(processes: Processes) -> None:
+    pid = processes.start_replica()
+    (replica,) = processes.replicas()
+    made = injector(processes.record, {"kind": "kill", "at_s": 0.2, "group": "a"})
+    made.start(Clock(time.monotonic()), 2)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    (done,) = made.stop()
+    assert (done.repeat, done.kind, done.target, done.until_s, done.error) == (2, "kill", replica.replica_id, None, "")
+    assert done.at_s >= 0.2
+
+
+def test_hang(processes: Processes) -> None:
+    pid = processes.start_replica()
+    made = injector(processes.record, {"kind": "hang", "at_s": 0, "group": "a", "for_s": 0.5})
+    made.start(Clock(time.monotonic()), 0)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    until(lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED)
+    (done,) = made.stop()
+    assert done.until_s is not None and done.until_s - done.at_s >= 0.5
+
+
+def test_a_run_that_ends_leaves_nothing_stopped(processes: Processes) -> None:
+    pid = processes.start_replica()
+    made = injector(processes.record, {"kind": "hang", "at_s": 0, "group": "a", "for_s": 600})
+    made.start(Clock(time.monotonic()), 0)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    made.stop()
+    assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+
+
+def test_slow(processes: Processes) -> None:
+    """A replica four times slower is found stopped in about three of four looks."""
+    pid = processes.start_replica()
+    made = injector(processes.record, {"kind": "slow", "at_s": 0, "group": "a", "for_s": 600, "factor": 4})
+    made.start(Clock(time.monotonic()), 0)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    looks = []
+    for _ in range(300):
+        looks.append(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+        time.sleep(0.007)
+    made.stop()
+    assert 0.5 < sum(looks) / len(looks) < 0.95
+    assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+
+
+def test_faults_that_are_not_due_yet_are_dropped(processes: Processes) -> None:
+    processes.start_replica()
+    assert inject(processes.record, 0.1, {"kind": "kill", "at_s": 60, "group": "a"}) == []
+
+
+def test_a_replica_that_is_not_there_is_told(processes: Processes) -> None:
+    processes.start_replica()
+    (done,) = inject(processes.record, 1.0, {"kind": "kill", "at_s": 0, "group": "a", "replica": 3})
+    assert done.error == "group a has 1 replicas now, none with number 3"
+
+
+def test_a_process_of_others_is_spared(processes: Processes) -> None:
+    """The directory's entry names a pid; the marker decides whether it may be hit."""
+    pid = processes.start_replica()
+    foreign = processes.record.model_copy(update={"marker": "another"})
+    (done,) = inject(foreign, 1.0, {"kind": "kill", "at_s": 0, "group": "a"})
+    assert f"process {pid} was not started by `expertmesh up` for ours" in done.error
+    assert psutil.Process(pid).is_running() and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_clusters_of_others_and_unknown_groups_are_refused(processes: Processes) -> None:
+    processes.start_replica()
+    kill = {"kind": "kill", "at_s": 0, "group": "b"}
+    with pytest.raises(ConfigError, match=r"faults\.0\.group: the cluster has no group 'b' \(groups: a\)"):
+        injector(processes.record, kill)
+    with pytest.raises(ConfigError, match="'ours' was not started on this machine"):
+        injector(processes.record.model_copy(update={"marker": None}), kill)
+    with pytest.raises(ConfigError, match="no cluster is named"):
+        injector(None, kill)
+    with pytest.raises(ClusterError, match="does not answer"):
+        injector(processes.record.model_copy(update={"directory": "127.0.0.1:1"}), kill)
+
+
+@pytest.mark.cluster
+def test_restart_directory(cluster: Cluster) -> None:
+    """Another directory takes over, and all replicas are in it again."""
+    path = Path(cluster.environment["XDG_STATE_HOME"]) / "expertmesh" / "tests" / "cluster.json"
+    record = Record.model_validate_json(path.read_bytes())
+    before = list_table(record.directory)
+    made = injector(record, {"kind": "restart_directory", "at_s": 0})
+    made.start(Clock(time.monotonic()), 0)
+
+    def replaced() -> bool:
+        try:
+            now = list_table(record.directory)
+        except ClusterError:
+            return False
+        members = {replica.replica_id for replica in now.replicas}
+        return now.directory_id != before.directory_id and members >= {one.replica_id for one in before.replicas}
+
+    until(replaced)
+    (done,) = made.stop()
+    assert (done.target, done.error) == ("directory", "")
+
+
+def test_threads_end_with_the_run(processes: Processes) -> None:
+    processes.start_replica()
+    inject(processes.record, 0.0, {"kind": "slow", "at_s": 0, "group": "a", "for_s": 600})
+    assert not [thread for thread in threading.enumerate() if thread.name == "loadtest-fault"]
