@@ -44,7 +44,8 @@ class EngineSection(Section):
     num_cpus: float = pydantic.Field(1, gt=0, description="CPUs of one router; also its thread count on a CPU.")
     num_gpus: float = pydantic.Field(0, ge=0, description="GPUs of one router; 0 runs it on the CPU.")
     enforce_eager: bool | None = pydantic.Field(
-        None, description="Do not compile the trunk: a faster start, slower steps. Default: compiled on CPUs that have a C++ compiler."
+        None,
+        description="Do not compile the trunk: faster start, slower steps. Default: compiled on CPUs that have g++.",
     )
     min_replicas: int = pydantic.Field(1, ge=1)
     max_replicas: int = pydantic.Field(1, ge=1)
