@@ -1,6 +1,5 @@
 # `make help` lists the targets.
 PYTHON := .venv/bin/python
-SOURCES := expertmesh expert_service router_service loadtest benchmarks examples
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench lock
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import random
 import re
 import socket
@@ -16,8 +15,8 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from mesh import TRANSPORTS
 
-from expert_service.endpoint import NATIVE_MODULE
 from expert_service.executor import Executor, Pairs
 from expert_service.local import group_args, serve_replica
 from expert_service.replica import Replica
@@ -32,10 +31,6 @@ from expertmesh.wire.tensors import decode, encode
 
 FINGERPRINT = ((FINGERPRINT_KEY, "f" * 16),)
 SERVICE = "expertmesh.v1.ExpertService"
-NATIVE = pytest.mark.skipif(
-    importlib.util.find_spec(NATIVE_MODULE) is None, reason="expertmesh-native is not installed"
-)
-TRANSPORTS = ["python", pytest.param("native", marks=NATIVE)]
 
 
 def ints(*values: int) -> pb.Tensor:

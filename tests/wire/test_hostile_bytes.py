@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,10 +13,9 @@ import numpy
 import pytest
 import torch
 from google.protobuf.message import DecodeError
-from mesh import group_args
+from mesh import group_args, needs_native
 from tiny_models import EXPERTS, make_checkpoint
 
-from expert_service.endpoint import NATIVE_MODULE
 from expert_service.replica import Replica
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.artifact.prepare import prepare
@@ -25,9 +23,7 @@ from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import CHANNEL_OPTIONS, FINGERPRINT_KEY
 from expertmesh.wire.tensors import encode
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec(NATIVE_MODULE) is None, reason="expertmesh-native is not installed"
-)
+pytestmark = needs_native
 METHOD = "/expertmesh.v1.ExpertService/Dispatch"
 HIDDEN = 64
 

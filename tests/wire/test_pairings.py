@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from certificates import Authority
-from mesh import divide, group_args, running_directory
+from mesh import divide, group_args, needs_native, running_directory
 from tiny_models import EXPERTS, make_checkpoint
 
-from expert_service.endpoint import NATIVE_MODULE
 from expert_service.replica import Replica
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.artifact.prepare import prepare
@@ -25,14 +23,11 @@ from router_service.connection import RouterSettings, open_transport
 from router_service.dispatcher import Dispatcher
 from router_service.replicas import LiveReplicas
 
-NATIVE = pytest.mark.skipif(
-    importlib.util.find_spec(NATIVE_MODULE) is None, reason="expertmesh-native is not installed"
-)
 PAIRINGS = [
     pytest.param("python", "python", id="python-to-python"),
-    pytest.param("python", "native", id="python-to-native", marks=NATIVE),
-    pytest.param("native", "python", id="native-to-python", marks=NATIVE),
-    pytest.param("native", "native", id="native-to-native", marks=NATIVE),
+    pytest.param("python", "native", id="python-to-native", marks=needs_native),
+    pytest.param("native", "python", id="native-to-python", marks=needs_native),
+    pytest.param("native", "native", id="native-to-native", marks=needs_native),
 ]
 pytestmark = pytest.mark.parametrize(("router", "server"), PAIRINGS)
 LAYER, HIDDEN = 0, 64
