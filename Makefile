@@ -1,10 +1,10 @@
 # `make help` lists the targets.
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench lock
+.PHONY: help setup demo test e2e-kubernetes image chart lint format bench lock
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make .venv: pinned and hashed CPU packages and this project in development mode
 	@tools/setup
@@ -14,6 +14,17 @@ demo: setup ## Serve the demo model on this machine; ONCE=1: one completion, a s
 
 test: setup ## Run all tests that need neither a GPU nor a Kubernetes API server; ARGS for pytest
 	@$(PYTHON) -m pytest $(ARGS)
+
+e2e-kubernetes: setup ## Run the tests that need a Kubernetes API server, which is built once into ~/.cache; ARGS for pytest
+	@tools/kubernetes-tools
+	@$(PYTHON) -m pytest -m kubernetes $(ARGS)
+
+image: setup ## Build the CPU image and test it, as root; BASE=NAME@sha256:DIGEST, otherwise on a stand-in made with debootstrap
+	@tools/image cpu $(if $(BASE),--base $(BASE) --engine buildah,--stand-in)
+	@$(PYTHON) -m pytest -m image $(ARGS)
+
+chart: setup ## Write what of the Helm chart is generated: schema, defaults, README, dashboards, golden files
+	@$(PYTHON) -m tools.chart
 
 lint: setup ## Check format, style, types, the protocol and who imports whom
 	@tools/lint

@@ -20,7 +20,20 @@ from benchmarks import report
 from benchmarks.environment import environment
 from expertmesh.errors import ExpertMeshError
 
-NAMES = ("dispatch", "scale", "startup", "executor", "serve", "generate", "loadtest_client")
+NAMES = (
+    "dispatch",
+    "scale",
+    "startup",
+    "executor",
+    "serve",
+    "generate",
+    "loadtest_client",
+    "hot_experts",
+    "load_cost",
+    "rebalance",
+    "planner",
+    "simulation_error",
+)
 """Each is a module of this package with `run(cluster)`; what its figures are, its docstring says."""
 APART = ("loadtest_crosscheck",)
 """Not of `all`: it installs another project's program first."""

@@ -32,11 +32,14 @@ class Recorder:
         self.pending = self.inner.start(layer, hidden_states, batches)
         return self
 
-    def wait(self) -> list[Answer]:
-        self.began_waiting = time.perf_counter()
-        self.answers = self.pending.wait()
+    def late_after_s(self) -> float:
+        return self.pending.late_after_s()
+
+    def wait(self, patience_s: float) -> list[Answer | None]:
+        answers = self.pending.wait(patience_s)
+        self.answers = [answer for answer in answers if answer is not None]
         self.waited = time.perf_counter()
-        return self.answers
+        return answers
 
 
 def run_layers(made: Dispatcher, replicas: int, layers: int) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
+from expert_service.background import in_background
 from expertmesh.args import EXPERTS_DEPLOYMENT, GroupArgs
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ class ExpertReplica:
     def __init__(self, args: GroupArgs) -> None:
         os.environ["OMP_NUM_THREADS"] = str(args.num_threads)
         # imported here: Ray Serve builds the application in a process of its own, which need not load torch
+        in_background(lambda: importlib.import_module("expert_service.replica"))
         import torch
 
         from expert_service.replica import Replica
@@ -37,11 +40,19 @@ class ExpertReplica:
             raise RuntimeError(problem)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The replica's load, for autoscaling policies."""
+        """The replica's load, which `expertmesh.scaling` reads. Serve asks once a second."""
         if self._replica is None:
             return {}
-        load = self._replica.load()
-        return {"queued_rows": float(load.queued_rows), "busy": load.busy, "rows_per_s": load.rows_per_s}
+        load, (_, p95_us) = self._replica.load(), self._replica.queue_wait()
+        return {
+            "busy": load.busy,
+            "queue_wait_ms": p95_us / 1000,
+            "rows_per_s": load.rows_per_s,
+            "queued_rows": float(load.queued_rows),
+        }
+
+    async def wake(self) -> None:
+        """Does nothing: where no replica runs, Serve starts one to make the call."""
 
     async def expert_rows(self) -> dict[int, list[int]]:
         """MoE layer -> rows computed for each of its experts so far."""

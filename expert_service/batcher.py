@@ -116,6 +116,11 @@ class Batcher:
             del self._queues[layer]
         return batch
 
+    def oldest(self) -> float | None:
+        """When the job came that has waited longest; None where nothing waits."""
+        with self._changed:
+            return min((queue[0].arrived_at for queue in self._queues.values()), default=None)
+
     def close(self) -> None:
         """Nothing more is accepted; what waits is still taken."""
         with self._changed:

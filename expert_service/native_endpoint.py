@@ -72,6 +72,9 @@ class NativeEndpoint:
     def expert_rows(self) -> dict[int, list[int]]:
         return self._server.expert_rows()
 
+    def queue_wait(self) -> tuple[int, int]:
+        return self._server.queue_wait()
+
     def streams(self) -> Streams:
         waiting, count, open_rows = self._server.streams()
         return Streams(count, waiting, open_rows)

@@ -50,6 +50,9 @@ class PythonEndpoint:
     def expert_rows(self) -> dict[int, list[int]]:
         return self._meter.expert_rows()
 
+    def queue_wait(self) -> tuple[int, int]:
+        return self._runtime.queue_wait()
+
     def streams(self) -> Streams:
         streams = tuple(self._servicer.streams)
         return Streams(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import uuid
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from expert_service.background import in_background
 from expert_service.choice import build_executor
 from expert_service.endpoint import Endpoint, Offer, make_endpoint
 from expert_service.executor import Executor
+from expert_service.metrics import EVERY_S, ReplicaMetrics
 from expert_service.request import Served, max_rows
 from expert_service.server import LoopThread
 from expert_service.weights import hold_experts
@@ -19,7 +22,7 @@ from expertmesh.args import GroupArgs
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.directory.client import Announcer
 from expertmesh.errors import ClusterError
-from expertmesh.experts import parse_indices
+from expertmesh.experts import resolve_experts
 from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import PROTOCOL_VERSION
@@ -42,9 +45,7 @@ class Replica:
         """Computes with `executor`; by default with the one that fits the device."""
         artifact = Path(args.artifact)
         manifest = read_manifest(artifact)
-        wanted = {
-            layer: parse_indices(text, f"group {args.group}: layer {layer}") for layer, text in args.experts.items()
-        }
+        wanted = resolve_experts(args.experts, manifest.layers, f"group {args.group}: experts")
         held = hold_experts(artifact, manifest, wanted)
         self._expert_bytes = held.total_bytes
         self._started_at = time.time()
@@ -64,7 +65,9 @@ class Replica:
         masks = {layer: held.mask(layer) for layer in held.layers}
         served = Served(manifest.hidden_size, masks, rows, rows * manifest.top_k)
         offer = Offer(self._offered, served, args.max_queued_rows, args.num_threads, args.tls)
-        executor = executor or build_executor(held, torch.device(args.device), args.num_threads)
+        executor = executor or in_background(
+            lambda: build_executor(held, torch.device(args.device), args.num_threads, args.emulated)
+        )
         self.endpoint: Endpoint = make_endpoint(offer, executor, args.transport)
         self._thread = LoopThread("expert-replica")
         self._announcer: Announcer | None = None
@@ -78,8 +81,15 @@ class Replica:
             raise
 
     async def _announce(self, directory: str, lease_ms: int) -> None:
-        self._announcer = Announcer(directory, lease_ms, self.entry)
+        self._announcer = Announcer(directory, lease_ms, self.entry, self.layer_rows)
         await self._announcer.start()
+        self._publisher = asyncio.create_task(self._publish_forever())
+
+    async def _publish_forever(self) -> None:
+        metrics = ReplicaMetrics(self._offered.group, self.replica_id)
+        while True:
+            metrics.publish(self.load(), self.queue_wait())
+            await asyncio.sleep(EVERY_S)
 
     @property
     def replica_id(self) -> str:
@@ -92,6 +102,20 @@ class Replica:
         """MoE layer -> rows computed for each of its experts so far."""
         return self.endpoint.expert_rows()
 
+    def queue_wait(self) -> tuple[int, int]:
+        """Median and 95th percentile of how long requests waited in the last 5 to 6 s, microseconds; see `Endpoint`."""
+        return self.endpoint.queue_wait()
+
+    def layer_rows(self) -> list[directory_pb2.LayerRows]:
+        """Rows computed so far for each of the experts that `entry` names."""
+        rows = self.endpoint.expert_rows()
+        return [
+            directory_pb2.LayerRows(
+                layer=held.layer, experts=held.experts, rows=[rows[held.layer][expert] for expert in held.experts]
+            )
+            for held in self._offered.layers
+        ]
+
     def problem(self) -> str | None:
         """What has stopped working, or None."""
         if not self._thread.alive:
@@ -102,6 +126,7 @@ class Replica:
 
     def entry(self) -> directory_pb2.Replica:
         """This replica's entry in the directory, as of now."""
+        p50_us, p95_us = self.queue_wait()
         return directory_pb2.Replica(
             replica_id=self._offered.replica_id,
             group=self._offered.group,
@@ -114,6 +139,7 @@ class Replica:
             pid=os.getpid(),
             expert_bytes=self._expert_bytes,
             started_at=self._started_at,
+            queue_wait=directory_pb2.QueueWait(p50_us=p50_us, p95_us=p95_us),
         )
 
     def drain(self, timeout_s: float) -> None:
@@ -146,4 +172,8 @@ class Replica:
 
     def _withdraw(self) -> None:
         if self._announcer is not None:
-            self._thread.run(self._announcer.stop())
+            self._thread.run(self._leave(self._announcer))
+
+    async def _leave(self, announcer: Announcer) -> None:
+        self._publisher.cancel()
+        await announcer.stop()

@@ -64,9 +64,16 @@ class Runtime:
             rows_per_s=meter.rows_per_s(now),
         )
 
+    def queue_wait(self) -> tuple[int, int]:
+        """Median and 95th percentile of how long requests waited, microseconds."""
+        oldest = self._batcher.oldest()
+        return self._meter.waits.quantiles(time.monotonic(), oldest)
+
     def _loop(self) -> None:
         prepare_executor_thread(self._num_threads)
         while (batch := self._batcher.take(time.monotonic)) is not None:
+            now = time.monotonic()
+            self._meter.waits.took(now, [now - job.arrived_at for job in (*batch.jobs, *batch.expired)])
             answers = [
                 _refuse(job, pb.CODE_DEADLINE_EXCEEDED, "the timeout passed in the queue") for job in batch.expired
             ]

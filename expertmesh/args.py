@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from expertmesh.config import EngineSection, Section
+from expertmesh.config import EmulatedDevice, EngineSection, Experts, Section
 from expertmesh.wire.tls import TlsFiles
 
 DIRECTORY_APPLICATION = "directory"
@@ -29,11 +29,12 @@ class GroupArgs(Section):
 
     artifact: str
     group: str
-    experts: dict[int, str]
-    """MoE layer -> indices, written as `parse_indices` reads them."""
+    experts: Experts
+    """As the config writes them; what that means in each layer is in the artifact's manifest."""
     num_threads: int = 1
     device: str = "cpu"
     """A torch device; `cuda` is the GPU that Ray assigned."""
+    emulated: EmulatedDevice | None = None
     host: str = "127.0.0.1"
     """Where the gRPC server listens and is announced; `auto`: the node's address."""
     ports: tuple[int, int] | None = None
@@ -54,6 +55,8 @@ class RouterArgs(Section):
     engine: EngineSection = EngineSection()
     directory: str = "127.0.0.1:9000"
     tls: TlsFiles | None = None
+    api_keys: str | None = None
+    """File of the hashes of the keys that the OpenAI API asks for."""
 
 
 class DirectoryArgs(Section):

@@ -10,19 +10,27 @@ from typing import Annotated
 import typer
 
 import expertmesh
+from expertmesh.commands.api_key import api_key
 from expertmesh.commands.config_schema import config_schema
 from expertmesh.commands.down import down
 from expertmesh.commands.generate import generate
+from expertmesh.commands.kubernetes import kubernetes
 from expertmesh.commands.loadtest import loadtest
+from expertmesh.commands.plan import plan
 from expertmesh.commands.prepare import prepare
+from expertmesh.commands.rebalance import rebalance
+from expertmesh.commands.simulate import simulate
 from expertmesh.commands.status import status
+from expertmesh.commands.top import top
 from expertmesh.commands.up import up
 from expertmesh.errors import ExpertMeshError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-for command in (up, down, status, generate, prepare, config_schema):
+for command in (up, down, status, top, plan, rebalance, simulate, generate, prepare, config_schema):
     app.command()(command)
 app.add_typer(loadtest, name="loadtest")
+app.add_typer(kubernetes, name="kubernetes")
+app.add_typer(api_key, name="api-key")
 
 
 def _version(wanted: bool) -> None:

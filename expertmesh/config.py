@@ -8,22 +8,19 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from expertmesh.artifact.manifest import Manifest
-from expertmesh.errors import ConfigError
-from expertmesh.experts import LayerExperts, format_indices, parse_indices
+from expertmesh.experts import LayerExperts, WrittenExperts, numbers_as_text, resolve_experts
 from expertmesh.wire.tls import TlsFiles
 from expertmesh.yaml_file import read_model
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
+Experts = Annotated[WrittenExperts, pydantic.BeforeValidator(numbers_as_text)]
+Resources = dict[str, Annotated[float, pydantic.Field(gt=0)]]
 Port = Annotated[int, pydantic.Field(ge=1, le=65535)]
 
 
 def _check_bounds(where: str, low: int, high: int) -> None:
     if high < low:
         raise ValueError(f"{where}: max_replicas {high} < min_replicas {low}")
-
-
-def _text(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Section(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -35,6 +32,44 @@ class ModelSection(Section):
     name: str | None = pydantic.Field(None, description="Name in the OpenAI API; default: the artifact's.")
 
 
+class ScalingSection(Section):
+    """Targets by which a group's replicas follow its load, within its bounds."""
+
+    target_busy: float = pydantic.Field(
+        0.6, gt=0, le=0.95, description="Share of its time in which a replica should compute, 0 to 1."
+    )
+    queue_wait_ms: float = pydantic.Field(
+        20, gt=0, description="Rows should wait no longer than this in a replica's queue, in 95 of 100 batches; ms."
+    )
+    up_after_s: float = pydantic.Field(
+        2, ge=0, le=600, description="More replicas once the load asked for them so long."
+    )
+    down_after_s: float = pydantic.Field(
+        60, ge=0, le=86400, description="Fewer replicas once the load asked for no more of them so long."
+    )
+    max_up_factor: float = pydantic.Field(
+        2, gt=1, le=100, description="One step up multiplies replicas by this at most."
+    )
+    max_up_step: int = pydantic.Field(16, ge=1, le=10_000, description="One step up adds so many replicas at most.")
+    max_down_step: int = pydantic.Field(
+        1, ge=1, le=10_000, description="One step down removes so many replicas at most."
+    )
+    idle_after_s: float = pydantic.Field(
+        300, gt=0, le=86400, description="A group with min_replicas 0 goes to zero after so long without a row."
+    )
+    stale_after_s: float = pydantic.Field(
+        10, gt=0, le=600, description="What a replica reported longer ago than this says nothing."
+    )
+
+
+class EmulatedDevice(Section):
+    """A modelled accelerator: replicas answer correctly, computed on the CPU, but no sooner than it would."""
+
+    teraflops: float = pydantic.Field(gt=0, description="Of dense products in the model's type, 10^12 FLOP/s.")
+    memory_gb_per_s: float = pydantic.Field(gt=0, description="Memory bandwidth, 10^9 bytes/s.")
+    overhead_us: float = pydantic.Field(20, ge=0, description="Of each batch, whatever its size; microseconds.")
+
+
 class EngineSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = pydantic.Field(
         "auto", description="auto: the artifact's."
@@ -43,6 +78,7 @@ class EngineSection(Section):
     kv_cache_gib: float = pydantic.Field(0.5, gt=0, description="KV cache on a CPU, GiB.")
     num_cpus: float = pydantic.Field(1, gt=0, description="CPUs of one router; also its thread count on a CPU.")
     num_gpus: float = pydantic.Field(0, ge=0, description="GPUs of one router; 0 runs it on the CPU.")
+    resources: Resources = pydantic.Field({}, description="Custom Ray resources of one router, which name its nodes.")
     enforce_eager: bool | None = pydantic.Field(
         None,
         description="Do not compile the trunk: faster start, slower steps. Default: compiled on CPUs that have g++.",
@@ -50,6 +86,10 @@ class EngineSection(Section):
     min_replicas: int = pydantic.Field(1, ge=1)
     max_replicas: int = pydantic.Field(1, ge=1)
     wait_for_experts_s: float = pydantic.Field(60, gt=0, description="How long a step waits for a missing expert.")
+    max_requests: int = pydantic.Field(
+        1024, ge=1, description="Requests that may be under way at once, over all routers; more get a 429."
+    )
+    max_body_mib: float = pydantic.Field(8, gt=0, le=1024, description="Largest body of a request; more gets a 413.")
     kwargs: dict[str, Any] = pydantic.Field({}, description="More of vLLM's engine arguments.")
 
     @pydantic.model_validator(mode="after")
@@ -60,49 +100,33 @@ class EngineSection(Section):
 
 class GroupSection(Section):
     name: Name
-    experts: str | dict[str, str] = pydantic.Field(
+    experts: Experts = pydantic.Field(
         description='Experts in every MoE layer ("0-7,12"), or per layers: {"0-3": "0-7", "4": "0"}.'
     )
     num_cpus: float = pydantic.Field(1, gt=0, description="CPUs of one replica; also its thread count on a CPU.")
     num_gpus: float = pydantic.Field(0, ge=0, description="GPUs of one replica; 0 computes on the CPU.")
+    resources: Resources = pydantic.Field({}, description="Custom Ray resources of one replica, which name its nodes.")
     memory_gib: float | None = pydantic.Field(None, gt=0, description="What one replica may hold, GiB.")
-    min_replicas: int = pydantic.Field(1, ge=1)
+    min_replicas: int = pydantic.Field(
+        1, ge=0, description="0: the group sleeps while idle and wakes at its first row."
+    )
     max_replicas: int = pydantic.Field(1, ge=1)
+    scaling: ScalingSection | None = pydantic.Field(None, description="Targets of this group; default: the cluster's.")
+    emulated: EmulatedDevice | None = pydantic.Field(
+        None, description="Answer no sooner than this modelled accelerator would. For tests of scaling without GPUs."
+    )
     max_queued_rows: int = pydantic.Field(65536, ge=1, description="Rows that may wait; more are pushed back.")
-
-    @pydantic.field_validator("experts", mode="before")
-    @classmethod
-    def numbers_are_indices(cls, value: object) -> object:
-        """YAML reads `experts: 3` and the key in `{4: 0-3}` as numbers."""
-        if isinstance(value, dict):
-            return {_text(layers): _text(experts) for layers, experts in value.items()}
-        return _text(value)
 
     @pydantic.model_validator(mode="after")
     def bounds_ascend(self) -> GroupSection:
         _check_bounds(f"group {self.name}", self.min_replicas, self.max_replicas)
+        if self.emulated is not None and self.num_gpus:
+            raise ValueError(f"group {self.name}: emulated is for CPUs, num_gpus is {self.num_gpus:g}")
         return self
 
     def expert_sets(self, manifest: Manifest) -> LayerExperts:
         """The group's experts per MoE layer; raises ConfigError naming one that does not exist."""
-        where = f"group {self.name}: experts"
-        if isinstance(self.experts, str):
-            per_layer = dict.fromkeys(manifest.layers, parse_indices(self.experts, where))
-        else:
-            per_layer = {}
-            for layers, experts in self.experts.items():
-                for layer in sorted(parse_indices(layers, where)):
-                    per_layer[layer] = per_layer.get(layer, frozenset()) | parse_indices(experts, where)
-        for layer, experts_of_layer in per_layer.items():
-            if layer not in manifest.layers:
-                known = format_indices(set(manifest.layers))
-                raise ConfigError(f"{where}: layer {layer} has no routed experts (MoE layers: {known})")
-            beyond = {index for index in experts_of_layer if index >= manifest.layers[layer]}
-            if beyond:
-                raise ConfigError(
-                    f"{where}: layer {layer} has experts 0-{manifest.layers[layer] - 1}, not {format_indices(beyond)}"
-                )
-        return per_layer
+        return resolve_experts(self.experts, manifest.layers, f"group {self.name}: experts")
 
 
 class ServerSection(Section):
@@ -130,6 +154,11 @@ class SecuritySection(Section):
         None,
         description="Mutual TLS between routers and replicas; paths are relative to the config file. Default: off.",
     )
+    api_keys: Path | None = pydantic.Field(
+        None,
+        description="File of `expertmesh api-key`, relative to the config file: requests to the OpenAI API need one of "
+        "its keys. Default: they need none.",
+    )
 
 
 class ClusterConfig(Section):
@@ -137,6 +166,7 @@ class ClusterConfig(Section):
     model: ModelSection
     engine: EngineSection = EngineSection()
     groups: tuple[GroupSection, ...] = pydantic.Field(min_length=1)
+    scaling: ScalingSection = ScalingSection()
     server: ServerSection = ServerSection()
     directory: DirectorySection = DirectorySection()
     security: SecuritySection = SecuritySection()
@@ -151,7 +181,7 @@ class ClusterConfig(Section):
 
 
 def load_config(path: Path) -> ClusterConfig:
-    """Reads a config file; relative paths of the artifact and of TLS files start at the file's folder.
+    """Reads a config file; relative paths of the artifact, of TLS files and of API keys start at the file's folder.
 
     Raises ConfigError with one line: the file, the key and what is wrong with it.
     """
@@ -159,4 +189,5 @@ def load_config(path: Path) -> ClusterConfig:
     folder = path.parent
     model = config.model.model_copy(update={"artifact": (folder / config.model.artifact).resolve()})
     tls = config.security.tls and config.security.tls.relative_to(folder)
-    return config.model_copy(update={"model": model, "security": SecuritySection(tls=tls)})
+    api_keys = config.security.api_keys and (folder / config.security.api_keys).absolute()
+    return config.model_copy(update={"model": model, "security": SecuritySection(tls=tls, api_keys=api_keys)})

@@ -18,10 +18,21 @@ from expertmesh.args import (
 )
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.config import ClusterConfig, EngineSection, GroupSection
-from expertmesh.experts import format_indices
 
 SERVICER_FUNCTION = "expertmesh.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"
 BOUNDS = {"min_replicas", "max_replicas"}
+POLICY = "expertmesh.scaling.serve_policy:GroupPolicy"
+FOLLOW_THE_POLICY = {
+    "upscale_delay_s": 0,
+    "downscale_delay_s": 0,
+    "downscale_to_zero_delay_s": 0,
+    "upscaling_factor": 1,
+    "downscaling_factor": 1,
+    "look_back_period_s": 5,
+    "metrics_interval_s": 1,
+}
+"""Delays and factors are the policy's. Replicas report every second: Ray 2.60 calls the key deprecated in favour of an
+environment variable that it does not read yet."""
 
 
 def serve_config(config: ClusterConfig, manifest: Manifest) -> dict[str, Any]:
@@ -58,11 +69,11 @@ def _application(name: str, import_path: str, args: dict[str, Any]) -> dict[str,
 
 
 def _group_application(config: ClusterConfig, group: GroupSection, manifest: Manifest) -> dict[str, Any]:
-    held = group.expert_sets(manifest)
+    group.expert_sets(manifest)  # raises where an expert does not exist
     args = GroupArgs(
         artifact=str(config.model.artifact),
         group=group.name,
-        experts={layer: format_indices(experts) for layer, experts in sorted(held.items())},
+        experts=group.experts,
         num_threads=max(1, math.floor(group.num_cpus)),
         device="cuda" if group.num_gpus else "cpu",
         host=config.server.replica_host,
@@ -70,12 +81,16 @@ def _group_application(config: ClusterConfig, group: GroupSection, manifest: Man
         directory=directory_address(config),
         lease_ms=config.directory.lease_ms,
         max_queued_rows=group.max_queued_rows,
+        emulated=group.emulated,
         tls=config.security.tls,
     )
     dumped = args.model_dump(mode="json")
-    dumped["experts"] = {str(layer): experts for layer, experts in dumped["experts"].items()}
-    resources = {"num_cpus": group.num_cpus, "num_gpus": group.num_gpus}
-    deployment = {"name": EXPERTS_DEPLOYMENT, **_bounds(group), "ray_actor_options": resources}
+    resources = {"num_cpus": group.num_cpus, "num_gpus": group.num_gpus, "resources": group.resources}
+    deployment = {
+        "name": EXPERTS_DEPLOYMENT,
+        "autoscaling_config": autoscaling_config(config, group),
+        "ray_actor_options": resources,
+    }
     application = _application(experts_application(group.name), "expert_service.app:build", dumped)
     return application | {"deployments": [deployment]}
 
@@ -87,15 +102,31 @@ def _router_application(config: ClusterConfig, manifest: Manifest) -> dict[str, 
         engine=config.engine,
         directory=directory_address(config),
         tls=config.security.tls,
+        api_keys=str(config.security.api_keys) if config.security.api_keys else None,
     )
     dumped = args.model_dump(mode="json", exclude={"engine": BOUNDS})
     application = _application(ROUTER_APPLICATION, "router_service.app:build", dumped)
-    deployment = {"name": ROUTER_DEPLOYMENT, **_bounds(config.engine)}
+    deployment = {"name": ROUTER_DEPLOYMENT, **_router_bounds(config.engine)}
     return application | {"route_prefix": "/", "deployments": [deployment]}
 
 
-def _bounds(section: GroupSection | EngineSection) -> dict[str, Any]:
-    if section.min_replicas == section.max_replicas:
-        return {"num_replicas": section.min_replicas}
-    limits = {"min_replicas": section.min_replicas, "max_replicas": section.max_replicas}
-    return {"autoscaling_config": limits}
+def autoscaling_config(config: ClusterConfig, group: GroupSection) -> dict[str, Any]:
+    """Ray Serve's AutoscalingConfig by which our policy alone decides.
+
+    Also where both bounds are the same: a replica that began without one would stay silent once the bounds differ. No
+    `initial_replicas`, to which Serve would jump after every change.
+    """
+    targets = group.scaling or config.scaling
+    kwargs = {"group": group.name, "targets": targets.model_dump(mode="json"), "directory": directory_address(config)}
+    return {
+        "min_replicas": group.min_replicas,
+        "max_replicas": group.max_replicas,
+        "policy": {"policy_function": POLICY, "policy_kwargs": kwargs},
+        **FOLLOW_THE_POLICY,
+    }
+
+
+def _router_bounds(engine: EngineSection) -> dict[str, Any]:
+    if engine.min_replicas == engine.max_replicas:
+        return {"num_replicas": engine.min_replicas}
+    return {"autoscaling_config": {"min_replicas": engine.min_replicas, "max_replicas": engine.max_replicas}}

@@ -14,6 +14,7 @@ NodeResources = Mapping[str, float]
 ROUTER_ACTOR_CPUS = 1
 """Of the Ray Serve LLM replica beside its engine."""
 INGRESS = ("router's ingress", 1, 1, 0)
+PLENTY = 1e6
 SPARE_CPUS = 8
 """For replicas that a changed config adds to a running cluster."""
 
@@ -48,9 +49,20 @@ def logical_cpus(config: ClusterConfig) -> int:
     return math.ceil(sum(one.replicas * one.num_cpus for one in demands(config, at_most=True))) + SPARE_CPUS
 
 
+def custom_resources(config: ClusterConfig) -> dict[str, float]:
+    """The custom Ray resources that engine and groups name, of which a local node gets more than any config asks."""
+    named = {*config.engine.resources, *(name for group in config.groups for name in group.resources)}
+    return dict.fromkeys(sorted(named), PLENTY)
+
+
 def check_room(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
     """Raises ConfigError that says what is short where the fewest replicas cannot all be placed on `nodes`."""
     wanted = demands(config)
+    asked = {"engine": config.engine.resources} | {f"group {one.name}": one.resources for one in config.groups}
+    for where, resources in asked.items():
+        for name, amount in resources.items():
+            if not any(node.get(name, 0.0) >= amount for node in nodes):
+                raise ConfigError(f"{where}: resources: no node of the cluster has {amount:g} {name}")
     for resource in ("GPU", "CPU"):
         per_node = [node.get(resource, 0.0) for node in nodes]
         has = f"the cluster has {_count(sum(per_node), resource)}"
@@ -59,11 +71,30 @@ def check_room(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
             need = f"{one.what}: {one.replicas} replica{'s' * (one.replicas > 1)} x {_count(each, resource)} do not fit"
             if one.replicas * each > sum(per_node):
                 raise ConfigError(f"{need}: {has}")
-            if each > max(per_node, default=0.0):
+            if one.replicas and each > max(per_node, default=0.0):
                 raise ConfigError(f"{need}: the largest node has {_count(max(per_node, default=0.0), resource)}")
         total = sum(one.replicas * one.takes(resource) for one in wanted)
         if total > sum(per_node):
             raise ConfigError(f"router and groups need {_count(total, resource)} together, {has}")
+
+
+def out_of_reach(config: ClusterConfig, nodes: Sequence[NodeResources]) -> list[str]:
+    """One line for each group whose max_replicas have no room on `nodes`, even alone: they need a node autoscaler."""
+    lines = []
+    for group in config.groups:
+        each = {"CPU": group.num_cpus, "GPU": group.num_gpus, **group.resources}
+        room = sum(_fit(node, each) for node in nodes)
+        if room < group.max_replicas:
+            lines.append(
+                f"group {group.name}: max_replicas {group.max_replicas} is out of reach: the nodes that are there have "
+                f"room for {room}, and more replicas wait until nodes are added"
+            )
+    return lines
+
+
+def _fit(node: NodeResources, each: Mapping[str, float]) -> int:
+    """Replicas of `each` that an empty node has room for."""
+    return min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in each.items() if amount)
 
 
 def _count(number: float, resource: str) -> str:

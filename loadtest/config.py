@@ -135,7 +135,9 @@ class OpenAITarget(Section):
     cluster: str | None = pydantic.Field(None, description="A running cluster's name; `auto`: the only one.")
     model: str | None = pydantic.Field(None, description="Default: the first that the endpoint lists.")
     api: Literal["completions", "chat"] = "completions"
-    api_key_env: str | None = pydantic.Field(None, description="Environment variable that holds the key.")
+    api_key_env: str | None = pydantic.Field(
+        None, description="Environment variable that holds the key; default: OPENAI_API_KEY, where it is set."
+    )
     headers: dict[str, str] = pydantic.Field({}, description="Shown in reports: keep secrets to api_key_env.")
     timeout_s: Seconds = pydantic.Field(600, description="Of one request, from the time it is sent.")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import aiohttp
 
+from expertmesh.api_keys import client_key
 from expertmesh.errors import ClusterError, ConfigError, WireError
 from loadtest.config import OpenAITarget, RunConfig
 from loadtest.endpoint import Endpoint
@@ -160,11 +161,11 @@ async def _refusal(response: aiohttp.ClientResponse) -> tuple[Status, str]:
 
 def headers_of(target: OpenAITarget) -> dict[str, str]:
     """Raises ConfigError where the variable that ought to hold the key is not set."""
-    if target.api_key_env is None:
-        return dict(target.headers)
-    key = os.environ.get(target.api_key_env)
-    if not key:
+    key = client_key() if target.api_key_env is None else os.environ.get(target.api_key_env)
+    if target.api_key_env is not None and not key:
         raise ConfigError(f"target.api_key_env: the environment has no {target.api_key_env}")
+    if not key or any(name.lower() == "authorization" for name in target.headers):
+        return dict(target.headers)
     return {"authorization": f"Bearer {key}"} | target.headers
 
 

@@ -74,7 +74,7 @@ class Sampler:
         if endpoint.cluster is not None:
             for address in ray_pages(endpoint.cluster):
                 self._add_page(f"http://{address}/metrics", max(self._every_s, RAY_EVERY_S))
-        self._reader = ExpertRowsReader(endpoint.cluster) if endpoint.cluster is not None else None
+        self._reader = ExpertRowsReader(endpoint.cluster.directory) if endpoint.cluster is not None else None
 
     def start(self, clock: Clock, repeat: int) -> None:
         self._samples: list[Sample] = []
@@ -90,20 +90,11 @@ class Sampler:
         return self._samples
 
     def expert_rows(self) -> Rows:
-        """Rows of each expert so far, of a cluster that runs on this machine; empty elsewhere. Takes some seconds the
-        first time."""
-        if self._reader is None or self._directory is None:
-            return {}
-        try:
-            table = list_table(self._directory)
-        except ClusterError:
-            return {}
-        return self._reader.read(sorted({replica.group for replica in table.replicas}))
+        """Rows of each expert so far, of a cluster that runs on this machine; empty elsewhere. Takes some seconds."""
+        return self._reader.read() if self._reader is not None else {}
 
     def close(self) -> None:
         self._http.close()
-        if self._reader is not None:
-            self._reader.close()
 
     def _add_page(self, url: str, every_s: float) -> None:
         """If there is such a page, and it says something of an engine."""

@@ -1,4 +1,6 @@
 """Writes requirements/cpu.txt, every package of a CPU installation with the hashes of the files that pip may choose.
+The container images have locks of their own, in the versions of cpu.txt wherever it names a package: image-build.txt
+(what builds the project), image-cpu.txt and image-gpu.txt (what runs it, nothing for development).
 
     python requirements/lock.py [--upgrade]
 
@@ -23,25 +25,47 @@ FOLDER = Path(__file__).parent
 LOCK, CUDA_LOCK = FOLDER / "cpu.txt", FOLDER / "torch-cuda.txt"
 MACHINES = ("x86_64", "aarch64")
 PYTHONS = ("3.11", "3.12", "3.13")
+IMAGE_PYTHONS = ("3.11",)
+"""Of the images' Debian."""
 TORCH_PACKAGES = ("torch", "cuda-", "nvidia-")
 """How the names of torch and of its CUDA libraries begin."""
+
+CUDA = "cuda-python>=13,<14"
+"""The CUDA that torch 2.13 is built for: left alone, the resolver takes an old one whose parts do not fit."""
+LEFT_OUT = {"image-cpu": ("ninja", "opencv-python-headless", "triton")}
+"""What text on a CPU does without: a build tool, images and videos, a gigabyte for GPUs."""
+UNLIKE_CPU = {"image-gpu": ("apache-tvm-ffi",)}
+"""Where vLLM's GPU build insists on a version of its own."""
 
 Packages = dict[tuple[str, str], dict[str, set[str]]]
 """(name, version) -> machine -> sha256 of its files."""
 
 
-def requirements() -> list[str]:
+def requirements() -> dict[str, list[str]]:
+    """What each kind of installation asks for."""
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
     native = tomllib.loads((FOLDER.parent / "native" / "pyproject.toml").read_text())
     extras = project["project"]["optional-dependencies"]
     builds = [*project["build-system"]["requires"], *native["build-system"]["requires"]]
-    return [*project["project"]["dependencies"], *extras["cpu"], *extras["dev"], *builds]
+    runs = project["project"]["dependencies"]
+    return {
+        "cpu": [*runs, *extras["cpu"], *extras["dev"], *builds],
+        "image-build": [*builds, *(one for one in extras["dev"] if one.startswith(("cmake", "ninja")))],
+        "image-cpu": [*runs, *extras["cpu"]],
+        "image-gpu": [*runs, *extras["gpu"], CUDA],
+    }
 
 
-def resolve(folder: Path, machine: str, python: str, constraints: list[str]) -> Iterator[tuple[str, str, set[str]]]:
+def resolve(
+    folder: Path, kind: str, machine: str, python: str, constraints: list[str]
+) -> Iterator[tuple[str, str, set[str]]]:
     """Name, version and hashes of every package that `machine` and `python` need."""
     wanted, lock = folder / "wanted.txt", folder / "pylock.toml"
-    wanted.write_text("\n".join(requirements()))
+    wanted.write_text("\n".join(requirements()[kind]))
+    overrides = folder / "overrides.txt"
+    out = LEFT_OUT.get(kind, ())
+    kept = [line for line in (FOLDER / "overrides.txt").read_text().splitlines() if not line.startswith(out or "#")]
+    overrides.write_text("\n".join([*kept, *(f'{name} ; sys_platform == "never"' for name in out)]))
     lock.unlink(missing_ok=True)
     command = [
         "uv",
@@ -49,7 +73,7 @@ def resolve(folder: Path, machine: str, python: str, constraints: list[str]) -> 
         "compile",
         str(wanted),
         "--override",
-        str(FOLDER / "overrides.txt"),
+        str(overrides),
         *constraints,
         "--quiet",
     ]
@@ -71,30 +95,46 @@ def write(path: Path, packages: Packages) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    if not shutil.which("uv"):
-        sys.exit("requirements/lock.py: uv is not on the PATH; install it with pip")
+def pinned(*locks: Path) -> dict[str, str]:
+    """Their packages as constraints, without the hashes, by name; of several versions the last."""
+    lines = [line for lock in locks if lock.exists() for line in lock.read_text().splitlines() if "==" in line]
+    return {line.split("==")[0]: line.replace("\\", "").strip() for line in lines}
+
+
+def packages_of(kind: str, pythons: tuple[str, ...], constraints: dict[str, str]) -> Packages:
+    """Of all machines and Pythons together; exits where they need different versions."""
     packages: Packages = defaultdict(lambda: defaultdict(set))
     with tempfile.TemporaryDirectory() as folder:
-        old = Path(folder, "constraints.txt")
-        old.write_text(
-            "".join(
-                line for line in (LOCK.read_text() + CUDA_LOCK.read_text()).splitlines(True) if "==" in line
-            ).replace("\\", "")
-        )
-        constraints = [] if "--upgrade" in sys.argv else ["--constraints", str(old)]
+        constrained = Path(folder, "constraints.txt")
+        constrained.write_text("\n".join(constraints.values()))
         for machine in MACHINES:
-            for python in PYTHONS:
-                for name, version, hashes in resolve(Path(folder), machine, python, constraints):
+            for python in pythons:
+                options = ["--constraints", str(constrained)]
+                for name, version, hashes in resolve(Path(folder), kind, machine, python, options):
                     packages[name, version][machine] |= hashes
     versions = defaultdict(set)
     for name, version in packages:
         versions[name].add(version)
     if torn := sorted(name for name, found in versions.items() if len(found) > 1):
-        sys.exit(f"requirements/lock.py: no single version of {', '.join(torn)} suits every Python and machine")
+        sys.exit(f"requirements/lock.py: {kind}: no single version of {', '.join(torn)} suits every Python and machine")
+    return packages
+
+
+def main() -> None:
+    if not shutil.which("uv"):
+        sys.exit("requirements/lock.py: uv is not on the PATH; install it with pip")
+    upgrade = "--upgrade" in sys.argv
+    packages = packages_of("cpu", PYTHONS, {} if upgrade else pinned(LOCK, CUDA_LOCK))
     write(LOCK, {key: found for key, found in packages.items() if not key[0].startswith(TORCH_PACKAGES)})
     write(CUDA_LOCK, {key: found for key, found in packages.items() if key[0].startswith(TORCH_PACKAGES)})
     print(f"{LOCK.name} and {CUDA_LOCK.name}: {len(packages)} packages")
+    for kind in ("image-build", "image-cpu", "image-gpu"):
+        lock = FOLDER / f"{kind}.txt"
+        ours = {name: line for name, line in pinned(LOCK).items() if name not in UNLIKE_CPU.get(kind, ())}
+        packages = packages_of(kind, IMAGE_PYTHONS, ours if upgrade else pinned(lock) | ours)
+        apart = TORCH_PACKAGES if kind == "image-cpu" else ()
+        write(lock, {key: found for key, found in packages.items() if not key[0].startswith(apart)})
+        print(f"{lock.name}: {len(packages)} packages")
 
 
 if __name__ == "__main__":

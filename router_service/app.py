@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.llm._internal.serve.core.ingress.ingress import init
@@ -21,6 +22,8 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from expertmesh.args import RouterArgs
 from expertmesh.artifact.manifest import TRUNK_DIRECTORY, read_manifest
 from expertmesh.config import EngineSection
+from router_service.admission import Admission
+from router_service.api_keys import ApiKeys
 from router_service.connection import SETTINGS_KEY, RouterSettings
 from router_service.error_shape import ErrorShape
 
@@ -29,8 +32,8 @@ DEPLOYMENT = "Router"
 INGRESS = "OpenAiIngress"
 CPU_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 """vLLM 0.32's CPU kernel rotates the strided heads of MLA wrongly; its PyTorch form is right."""
-CPU_EXECUTOR = "router_service.vllm_executor.InProcessExecutor"
-CPU_ENGINE = "router_service.engines.serve_engine.InProcessEngine"
+EXECUTOR = "router_service.vllm_executor.InProcessExecutor"
+ENGINE = "router_service.engines.serve_engine.InProcessEngine"
 GPU_COMPILATION = {"cudagraph_mode": "PIECEWISE"}
 """A CUDA graph cannot hold an exchange with replicas; the plugin splits the graphs there."""
 
@@ -39,16 +42,26 @@ def build(args: dict[str, Any]) -> Application:
     """The application; `args` are RouterArgs. Raises ArtifactError where there is no artifact."""
     given = RouterArgs.model_validate(args)
     config = llm_config(given)
-    app = init()
-    app.add_middleware(ErrorShape)
     options = {**OpenAiIngress.get_deployment_options([config]), "name": INGRESS, "num_replicas": 1}
     options.pop("autoscaling_config", None)
-    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress, app=app), **options)
+    options["ray_actor_options"] = {"num_cpus": 1, "resources": dict(given.engine.resources)}  # beside the routers
+    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress, app=http_app(given)), **options)
     return ingress.bind(
         llm_deployments={given.name: build_llm_deployment(config)},
         model_cards={given.name: to_model_metadata(given.name, config)},
         lora_paths={},
     )
+
+
+def http_app(args: RouterArgs) -> FastAPI:
+    """Ray Serve LLM's HTTP application, without routes yet, behind our middleware."""
+    app: FastAPI = init()
+    app.add_middleware(ErrorShape)
+    engine = args.engine
+    app.add_middleware(Admission, max_requests=engine.max_requests, max_body_bytes=int(engine.max_body_mib * 2**20))
+    if args.api_keys is not None:
+        app.add_middleware(ApiKeys, path=Path(args.api_keys))  # the last one added comes first
+    return app
 
 
 def llm_config(args: RouterArgs) -> LLMConfig:
@@ -61,7 +74,7 @@ def llm_config(args: RouterArgs) -> LLMConfig:
         },
         engine_kwargs=engine_arguments(args),
         deployment_config={"name": DEPLOYMENT, "num_replicas": 1},
-        placement_group_config={"bundles": [_resources(engine.num_cpus, engine.num_gpus)]},
+        placement_group_config={"bundles": [_resources(engine.num_cpus, engine.num_gpus) | engine.resources]},
         runtime_env={"env_vars": environment(engine.num_cpus, engine.num_gpus)},
     )
 
@@ -72,6 +85,7 @@ def engine_arguments(args: RouterArgs) -> dict[str, Any]:
     settings = RouterSettings(directory=args.directory, wait_for_experts_s=engine.wait_for_experts_s, tls=args.tls)
     arguments: dict[str, Any] = {
         "dtype": manifest.dtype if engine.dtype == "auto" else engine.dtype,
+        "distributed_executor_backend": EXECUTOR,
         "enforce_eager": not _compiles(engine) if engine.enforce_eager is None else engine.enforce_eager,
         "additional_config": {SETTINGS_KEY: settings.model_dump(mode="json")},
     }
@@ -80,7 +94,6 @@ def engine_arguments(args: RouterArgs) -> dict[str, Any]:
     if not engine.num_gpus:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
         arguments["compilation_config"] = CPU_COMPILATION
-        arguments["distributed_executor_backend"] = CPU_EXECUTOR
     elif not arguments["enforce_eager"]:
         arguments["compilation_config"] = GPU_COMPILATION
     return arguments | engine.kwargs
@@ -95,9 +108,8 @@ def environment(num_cpus: float, num_gpus: float) -> dict[str, str]:
     """Thread counts by resources, so that router and replicas do not fight for cores; and no look-ups in a hub."""
     threads = str(max(1, math.floor(num_cpus)))
     variables = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if num_gpus:
-        return variables
-    return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "RAYLLM_VLLM_ENGINE_CLS": CPU_ENGINE}
+    variables["RAYLLM_VLLM_ENGINE_CLS"] = ENGINE
+    return variables if num_gpus else variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+RETRY_AFTER_S = b"2"
 # how Ray Serve LLM wraps vLLM's own message
 WRAPPED = re.compile(r"^Message: (?P<message>.*?)(?: \(Request ID: [^)]*\))*, Internal exception: .*", re.DOTALL)
 
@@ -67,8 +68,10 @@ class ErrorShape:
 
 async def _send_error(start: Message, body: bytes, send: Send) -> None:
     content = json.dumps(openai_error(start["status"], body)).encode()
-    replaced = (b"content-type", b"content-length")
+    replaced = (b"content-type", b"content-length", b"retry-after")
     headers = [pair for pair in start["headers"] if pair[0].lower() not in replaced]
     headers += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if start["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers.append((b"retry-after", RETRY_AFTER_S))
     await send({**start, "headers": headers})
     await send({"type": "http.response.body", "body": content})

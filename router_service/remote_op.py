@@ -7,11 +7,16 @@ away; the ticket that the one gives to the other keeps them in order.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 
 import torch
 
 from router_service.dispatcher import Dispatch, Dispatcher
+from router_service.losses import lose
+from router_service.recovery import RowsLost
+
+log = logging.getLogger(__name__)
 
 OPERATORS = ("expertmesh::experts", "expertmesh::start", "expertmesh::finish")
 LIBRARY = torch.library.Library("expertmesh", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -39,7 +44,18 @@ def _experts(
     hidden_states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, layer: int, model: str
 ) -> torch.Tensor:
     dispatcher = _dispatcher(model)
-    return dispatcher.finish(dispatcher.start(layer, hidden_states, ids, weights))
+    return _gather(dispatcher, dispatcher.start(layer, hidden_states, ids, weights))
+
+
+def _gather(dispatcher: Dispatcher, dispatch: Dispatch) -> torch.Tensor:
+    """The layer's sums; where rows are lost, whoever runs the step is told which, and it goes on without them."""
+    try:
+        return dispatcher.finish(dispatch)
+    except RowsLost as error:
+        if not lose(error.tokens):
+            raise
+        log.error("%s; %d rows of a step are lost", error, len(error.tokens))
+        return error.sums
 
 
 def _start(
@@ -52,8 +68,7 @@ def _start(
 
 
 def _finish(ticket: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    dispatcher, dispatch = _under_way.pop(int(ticket))
-    return dispatcher.finish(dispatch)
+    return _gather(*_under_way.pop(int(ticket)))
 
 
 def _fake_experts(

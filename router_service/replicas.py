@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from expertmesh.experts import LayerExperts
 from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.choice import Candidate
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LAST_PAUSE_S, FORGIVEN_AFTER_S = 1.0, 30.0, 60.0
 
 
 def experts_by_layer(layers: Iterable[pb.LayerExperts]) -> LayerExperts:
@@ -38,11 +44,28 @@ class LiveReplica:
             self.queued_rows, self.rows_under_way, self.rows_sent = self.count()
 
 
+@dataclass(slots=True)
+class Suspension:
+    """A live replica that gets no rows for the time being."""
+
+    replica: LiveReplica
+    probe_at: float
+    """When to try whether it answers again; seconds of the monotonic clock."""
+    pause_s: float
+
+
 @dataclass
 class LiveReplicas:
-    """Thread-safe. The transport's thread adds and removes; the engine's thread reads and waits."""
+    """Thread-safe. The transport's thread adds and removes; the engine's thread reads, waits and suspends."""
 
     _by_id: dict[str, LiveReplica] = field(default_factory=dict)
+    _suspended: dict[str, Suspension] = field(default_factory=dict)
+    _pauses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Replica -> (how long it was suspended last, when that ended)."""
+    _missing: dict[tuple[int, int], float] = field(default_factory=dict)
+    """(layer, expert) that rows wait for -> since when."""
+    on_missing: Callable[[int, frozenset[int]], None] | None = None
+    """Told of experts of a layer that rows wait for and nobody serves."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
     refused: dict[str, str] = field(default_factory=dict)
     """Address -> why a replica there is not used."""
@@ -58,12 +81,64 @@ class LiveReplicas:
 
     def remove(self, replica_id: str) -> None:
         with self._changed:
+            self._suspended.pop(replica_id, None)
             self._change({key: value for key, value in self._by_id.items() if key != replica_id})
+
+    def suspend(self, replica_id: str, reason: str) -> bool:
+        """Gives it no more rows until `resume`, unless it is the only one to serve some expert; whether it did.
+
+        Its pause is FIRST_PAUSE_S, and twice the last one where it was suspended shortly before.
+        """
+        with self._changed:
+            replica = self._by_id.get(replica_id)
+            rest = {key: value for key, value in self._by_id.items() if key != replica_id}
+            if replica is None or not _covered(replica, rest.values()):
+                return False
+            now = time.monotonic()
+            last_s, ended_at = self._pauses.get(replica_id, (0.0, float("-inf")))
+            again = now - ended_at < FORGIVEN_AFTER_S
+            pause_s = min(LAST_PAUSE_S, 2 * last_s) if again and last_s else FIRST_PAUSE_S
+            self._suspended[replica_id] = Suspension(replica, now + pause_s, pause_s)
+            self._change(rest)
+        log.warning("replica %s gets no rows for %.0f s: %s", replica_id, pause_s, reason)
+        return True
+
+    def resume(self, replica_id: str) -> None:
+        """Gives a suspended replica rows again."""
+        with self._changed:
+            suspension = self._suspended.pop(replica_id, None)
+            if suspension is None:
+                return
+            self._pauses[replica_id] = suspension.pause_s, time.monotonic()
+            self._change({**self._by_id, replica_id: suspension.replica})
+        log.info("replica %s answers again", replica_id)
+
+    def suspended(self) -> Mapping[str, Suspension]:
+        return dict(self._suspended)
+
+    def postpone(self, replica_id: str) -> None:
+        """A suspended replica did not answer a probe."""
+        suspension = self._suspended.get(replica_id)
+        if suspension is not None:
+            suspension.pause_s = min(LAST_PAUSE_S, 2 * suspension.pause_s)
+            suspension.probe_at = time.monotonic() + suspension.pause_s
+
+    def note_missing(self, layer: int, experts: frozenset[int]) -> float:
+        """Rows wait for experts that nobody serves; since when, of the one that is missing for longest: seconds of the
+        monotonic clock."""
+        if self.on_missing is not None:
+            self.on_missing(layer, experts)
+        with self._changed:
+            now = time.monotonic()
+            return min(self._missing.setdefault((layer, expert), now) for expert in experts)
 
     def _change(self, by_id: dict[str, LiveReplica]) -> None:
         for listener in self._listeners:
             listener(by_id)
         self._by_id = by_id
+        if self._missing:
+            served = {(at, one) for live in by_id.values() for at, held in live.experts.items() for one in held}
+            self._missing = {key: since for key, since in self._missing.items() if key not in served}
         self._changed.notify_all()
 
     def snapshot(self) -> Mapping[str, LiveReplica]:
@@ -84,3 +159,12 @@ class LiveReplicas:
         """Returns when the set is no longer `seen` (of `snapshot`) or the time is over."""
         with self._changed:
             self._changed.wait_for(lambda: self._by_id is not seen, timeout_s)
+
+
+def _covered(replica: LiveReplica, others: Iterable[LiveReplica]) -> bool:
+    """Whether every expert of the replica has another one."""
+    rest = list(others)
+    return all(
+        experts <= frozenset().union(*(one.experts.get(layer, frozenset()) for one in rest))
+        for layer, experts in replica.experts.items()
+    )

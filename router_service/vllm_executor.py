@@ -6,8 +6,21 @@ a process more, and an exchange with it in every step that spins on a core. The 
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from router_service import losses
+from router_service.vllm_scheduler import LOST_ROWS
 
 
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
     """The same; vLLM leaves classes given by name alone."""
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Tells the scheduler which rows of the step were lost."""
+        with losses.collect() as lost:
+            output = super().execute_model(scheduler_output, non_block)
+        if lost:
+            setattr(scheduler_output, LOST_ROWS, lost)
+        return output

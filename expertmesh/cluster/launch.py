@@ -20,7 +20,8 @@ from expertmesh.coverage import check_context, check_coverage
 from expertmesh.deployment import model_name, serve_config
 from expertmesh.directory.client import list_table
 from expertmesh.errors import ArtifactError, ClusterError, ConfigError
-from expertmesh.resources import check_room, logical_cpus
+from expertmesh.rebalance.journal import JournalFile
+from expertmesh.resources import check_room, custom_resources, logical_cpus
 from expertmesh.v1 import directory_pb2
 
 Show = Callable[[Sequence[Step]], None]
@@ -70,12 +71,13 @@ def start_local(plan: Plan, timeout_s: float, show: Show) -> Record:
     """Starts Ray here and deploys on it; where that fails or is interrupted, nothing of it is left."""
     check_ports(plan.config)
     log = record.state_dir(plan.config.name) / record.RAY_LOG
-    ray = local_ray.start(logical_cpus(plan.config), log)
+    ray = local_ray.start(logical_cpus(plan.config), log, custom_resources(plan.config))
     started = _record(plan, ray.dashboard, ray)
     record.save(started)
     try:
         local_ray.wait_until_up(ray, RAY_START_S, lambda: show([]))
         deploy(plan, started, timeout_s, show)
+        _remember(plan)
     except BaseException:
         processes.end(ray.marker, GRACE_S)
         record.forget(started)
@@ -89,19 +91,27 @@ def attach(plan: Plan, dashboard: str, timeout_s: float, show: Show) -> Record:
     check_alone(attached)
     deploy(plan, attached, timeout_s, show)
     record.save(attached)
+    _remember(plan)
     return attached
 
 
 def change(plan: Plan, running: Record, timeout_s: float, show: Show) -> Record:
-    """Applies a config to the cluster that runs; applications that it does not change run on."""
+    """Applies a config to the cluster that runs; applications that it does not change run on.
+
+    Ends what a rebalance has left unfinished; raises ClusterError where one is under way.
+    """
     after = running.model_copy(update=_endpoints(plan) | {"config": str(plan.path.absolute())})
     if (after.http, after.directory) != (running.http, running.directory):
         raise ConfigError(
             f"{plan.path}: server: cluster {running.name!r} listens on {running.http} and {running.directory}; "
             f"stop it first with `expertmesh down {running.name}`"
         )
-    deploy(plan, after, timeout_s, show)
-    record.save(after)
+    journals = JournalFile(record.state_dir(running.name))
+    with journals.lock():
+        deploy(plan, after, timeout_s, show)
+        record.save(after)
+        _remember(plan)
+        journals.drop()
     return after
 
 
@@ -157,6 +167,19 @@ def check_ports(config: ClusterConfig) -> None:
     for key, host, port in (("http_port", server.host, server.http_port), ("grpc_port", "0.0.0.0", server.grpc_port)):
         if not local_ray.port_is_free(host, port):
             raise ClusterError(f"server.{key}: port {port} is in use on this machine; free it or set another")
+
+
+def way_back(plan: Plan, running: Record) -> str | None:
+    """One line where a rebalance has given the cluster other groups than the plan's; None where it has not."""
+    deployed = record.load_deployed(running)
+    if deployed.source == running.config or deployed.config.groups == plan.config.groups:
+        return None
+    names = ", ".join(group.name for group in deployed.config.groups)
+    return f"takes the cluster back to the groups of {plan.path}; it runs {names} of {deployed.source}"
+
+
+def _remember(plan: Plan) -> None:
+    record.save_deployed(plan.config.name, record.Deployed(source=str(plan.path.absolute()), config=plan.config))
 
 
 def _table(address: str) -> directory_pb2.Table | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +47,11 @@ class LocalRay:
     log: Path
 
 
-def start(num_cpus: int, log: Path) -> LocalRay:
-    """Starts `ray start --head --block`, which writes to `log`; use `wait_until_up` next."""
+def start(num_cpus: int, log: Path, resources: Mapping[str, float] | None = None) -> LocalRay:
+    """Starts `ray start --head --block`, which writes to `log`; use `wait_until_up` next.
+
+    The node has `num_cpus` CPUs and the custom `resources`, whatever the machine has.
+    """
     ports = free_ports(len(PORT_OPTIONS) + len(PORT_VARIABLES))
     options = dict(zip(PORT_OPTIONS, ports, strict=False))
     marker, temp_dir = uuid.uuid4().hex, _temp_dir()
@@ -56,6 +60,8 @@ def start(num_cpus: int, log: Path) -> LocalRay:
     command += [f"{option}={port}" for option, port in options.items()]
     command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", "--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={temp_dir}"]
+    if resources:
+        command.append(f"--resources={json.dumps(dict(resources))}")
     environment = _environment(marker, token) | dict(zip(PORT_VARIABLES, map(str, ports[len(options) :]), strict=True))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
@@ -133,5 +139,7 @@ def _environment(marker: str, token: str) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # `down` has let the applications drain before it ends Ray
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # Ray lowers a worker's priority once it has started: one that starts would take the cores of those that serve
+        "RAY_worker_niceness": "0",
     }
     return {key: value for key, value in os.environ.items() if key not in DROPPED} | ours

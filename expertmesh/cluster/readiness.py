@@ -39,8 +39,9 @@ def _step(name: str, group: str | None, application: Details, table: directory_p
     detail, done = f"{running} of {target} replicas" if deployments else "", status == "RUNNING"
     if group is not None:
         announced = ready_replicas(table, group)
-        detail += f", {announced} in the directory" if detail else ""
-        done = done and announced >= max(1, running)
+        asleep = bool(deployments) and done and not target
+        detail = "asleep" if asleep else f"{detail}, {announced} in the directory" if detail else ""
+        done = done and (asleep or announced >= max(1, running))
     messages = [application.get("message", ""), *(one.get("message", "") for one in deployments.values())]
     if status in FAILED:
         error = next((text for text in map(meaning, reversed(messages)) if text), status)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pydantic
 
+from expertmesh.config import ClusterConfig, load_config
 from expertmesh.errors import ClusterError
 
 RECORD_FILE = "cluster.json"
+DEPLOYED_FILE = "deployed.json"
 RAY_LOG = "ray.log"
 
 
@@ -33,6 +35,14 @@ class Record(pydantic.BaseModel, frozen=True):
     """Which Ray asks of its clients."""
 
 
+class Deployed(pydantic.BaseModel, frozen=True):
+    """What a cluster was given last: its config file, until a rebalance changes the groups."""
+
+    source: str
+    """Path of the config file or of the plan."""
+    config: ClusterConfig
+
+
 def state_home() -> Path:
     """$XDG_STATE_HOME/expertmesh, by default in ~/.local/state."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "expertmesh"
@@ -45,10 +55,33 @@ def state_dir(name: str) -> Path:
 def save(record: Record) -> None:
     folder = state_dir(record.name)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RECORD_FILE}.{os.getpid()}"
+    _replace(folder / RECORD_FILE, record.model_dump_json(indent=2))
+
+
+def save_deployed(name: str, deployed: Deployed) -> None:
+    """Raises ClusterError where the cluster has been forgotten."""
+    try:
+        _replace(state_dir(name) / DEPLOYED_FILE, deployed.model_dump_json(indent=2))
+    except FileNotFoundError:
+        raise ClusterError(f"cluster {name} has been stopped") from None
+
+
+def load_deployed(record: Record) -> Deployed:
+    """Raises ClusterError or ConfigError where neither it nor the config file can be read."""
+    path = state_dir(record.name) / DEPLOYED_FILE
+    try:
+        return Deployed.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Deployed(source=record.config, config=load_config(Path(record.config)))
+    except (OSError, pydantic.ValidationError) as error:
+        raise ClusterError(f"{path}: not what was deployed: {str(error).splitlines()[0]}") from None
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.touch(mode=0o600)
-    partial.write_text(record.model_dump_json(indent=2) + "\n")
-    partial.replace(folder / RECORD_FILE)
+    partial.write_text(text + "\n")
+    partial.replace(path)
 
 
 def load(name: str) -> Record | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from typing import Any
 
 import httpx
@@ -11,6 +12,8 @@ from expertmesh.errors import ClusterError
 
 APPLICATIONS = "/api/serve/applications/"
 NODES = "/api/v0/nodes"
+DELETING = "DELETING"
+DELETION_S = 60.0
 Details = dict[str, Any]
 """Ray Serve's ServeInstanceDetails."""
 
@@ -27,8 +30,22 @@ class ServeApi:
         return found
 
     def deploy(self, serve_config: dict[str, Any]) -> None:
-        """Makes Serve's applications those of `serve_config`; the ones that are unchanged run on."""
+        """Makes Serve's applications those of `serve_config`; the ones that are unchanged run on.
+
+        An application that is just being deleted is awaited first: Serve 2.60 would forget that it is wanted again.
+        """
+        deadline = time.monotonic() + DELETION_S
+        wanted = {application["name"] for application in serve_config["applications"]}
+        while leaving := sorted(wanted & self.leaving()):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"application {leaving[0]} is still being deleted after {DELETION_S:.0f} s")
+            time.sleep(0.5)
         self._request("PUT", APPLICATIONS, json=serve_config, timeout_s=120)
+
+    def leaving(self) -> set[str]:
+        """Applications that are being deleted."""
+        found = self.details().get("applications", {})
+        return {name for name, one in found.items() if one.get("status") == DELETING}
 
     def delete_all(self) -> None:
         """Stops all applications and Serve itself; returns when they have ended."""

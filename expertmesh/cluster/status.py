@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pydantic
@@ -37,6 +38,9 @@ class ReplicaStatus(Value):
     rows_per_s: float
     busy: float
     queued_rows: int
+    queue_wait_p50_ms: float
+    queue_wait_p95_ms: float
+    """Over the last 5 s or so."""
     expert_bytes: int
 
 
@@ -47,6 +51,34 @@ class ApplicationStatus(Value):
     status: str
     running: int
     target: int
+
+
+class DecisionStatus(Value):
+    """Of the autoscaler, for one group. What was not known is None."""
+
+    decided_at: float
+    """Unix time, seconds."""
+    target_before: int
+    target: int
+    asked: int
+    busy: float | None
+    queue_wait_ms: float | None
+    reason: str
+    error: str
+
+
+class ScalingStatus(Value):
+    """A group that scales."""
+
+    min_replicas: int
+    max_replicas: int
+    last: DecisionStatus
+    changes: list[DecisionStatus]
+    """The last ones that changed the target, newest last."""
+    since_success_s: float | None
+    """None: no decision has succeeded since the directory began."""
+    stalled: bool
+    """The autoscaler has been silent or failing for too long."""
 
 
 class GroupStatus(Value):
@@ -63,6 +95,10 @@ class GroupStatus(Value):
     busy: float
     """Mean over the replicas, 0 to 1."""
     queued_rows: int
+    queue_wait_p95_ms: float
+    """Of the replica where rows wait longest."""
+    scaling: ScalingStatus | None
+    """None where the autoscaler has not spoken of it."""
     replicas: list[ReplicaStatus]
 
 
@@ -78,8 +114,11 @@ class ClusterStatus(Value):
     groups: list[GroupStatus]
 
 
-def join(cluster: Record, details: Details, table: directory_pb2.Table) -> ClusterStatus:
+def join(
+    cluster: Record, details: Details, table: directory_pb2.Table, scaling: directory_pb2.ScalingReply | None = None
+) -> ClusterStatus:
     """Every group that Ray Serve or the directory knows, by name."""
+    decisions = {one.last.group: one for one in scaling.groups} if scaling else {}
     prefix = experts_application("")
     names = {name.removeprefix(prefix) for name in details.get("applications", {}) if name.startswith(prefix)}
     names |= {replica.group for replica in table.replicas}
@@ -92,7 +131,7 @@ def join(cluster: Record, details: Details, table: directory_pb2.Table) -> Clust
         directory_version=table.version,
         settling=table.settling,
         router=_application(ROUTER_APPLICATION, details),
-        groups=[_group(name, details, table) for name in sorted(names)],
+        groups=[_group(name, details, table, decisions.get(name)) for name in sorted(names)],
     )
 
 
@@ -113,7 +152,9 @@ def _application(name: str, details: Details) -> ApplicationStatus:
     return ApplicationStatus(application=name, status=status, running=states["RUNNING"], target=target)
 
 
-def _group(name: str, details: Details, table: directory_pb2.Table) -> GroupStatus:
+def _group(
+    name: str, details: Details, table: directory_pb2.Table, scaling: directory_pb2.GroupScaling | None
+) -> GroupStatus:
     serve = _application(experts_application(name), details)
     replicas = [_replica(one) for one in table.replicas if one.group == name]
     ready = ready_replicas(table, name)
@@ -128,6 +169,8 @@ def _group(name: str, details: Details, table: directory_pb2.Table) -> GroupStat
         rows_per_s=sum(one.rows_per_s for one in replicas),
         busy=sum(one.busy for one in replicas) / max(1, len(replicas)),
         queued_rows=sum(one.queued_rows for one in replicas),
+        queue_wait_p95_ms=max((one.queue_wait_p95_ms for one in replicas), default=0.0),
+        scaling=_scaling(scaling) if scaling else None,
         replicas=replicas,
     )
 
@@ -142,5 +185,35 @@ def _replica(replica: directory_pb2.Replica) -> ReplicaStatus:
         rows_per_s=round(replica.load.rows_per_s, 1),
         busy=round(replica.load.busy, 3),
         queued_rows=replica.load.queued_rows,
+        queue_wait_p50_ms=replica.queue_wait.p50_us / 1000,
+        queue_wait_p95_ms=replica.queue_wait.p95_us / 1000,
         expert_bytes=replica.expert_bytes,
     )
+
+
+def _scaling(scaling: directory_pb2.GroupScaling) -> ScalingStatus:
+    return ScalingStatus(
+        min_replicas=scaling.last.min_replicas,
+        max_replicas=scaling.last.max_replicas,
+        last=_decision(scaling.last),
+        changes=[_decision(one) for one in scaling.changes],
+        since_success_s=round(scaling.since_success_s, 1) if scaling.since_success_s >= 0 else None,
+        stalled=scaling.stalled,
+    )
+
+
+def _decision(decision: directory_pb2.ScalingDecision) -> DecisionStatus:
+    return DecisionStatus(
+        decided_at=decision.decided_at,
+        target_before=decision.target_before,
+        target=decision.target,
+        asked=decision.asked,
+        busy=_known(decision.busy, 3),
+        queue_wait_ms=_known(decision.queue_wait_ms, 1),
+        reason=decision.reason,
+        error=decision.error,
+    )
+
+
+def _known(value: float, digits: int) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None

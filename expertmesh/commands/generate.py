@@ -9,6 +9,7 @@ from typing import Annotated
 import openai
 import typer
 
+from expertmesh.api_keys import client_key
 from expertmesh.cluster import record
 from expertmesh.errors import ClusterError
 
@@ -25,7 +26,7 @@ def generate(
         str | None, typer.Option(help="An OpenAI API instead of a cluster's, e.g. http://host:8000/v1.")
     ] = None,
 ) -> None:
-    """Generate text with a running cluster.
+    """Generate text with a running cluster. Where it asks for API keys, set OPENAI_API_KEY.
 
     Example: expertmesh generate --max-tokens 40 "def fibonacci(n):"
     """
@@ -45,7 +46,7 @@ def stream(
     url: str, model: str, prompt: str, *, max_tokens: int, temperature: float, seed: int | None, chat: bool
 ) -> Iterator[str]:
     """Pieces of the answer as they come; raises ClusterError with one line where the API refuses or does not answer."""
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=url, api_key=client_key() or "none", max_retries=0)
     options = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stream": True}
     try:
         if chat:

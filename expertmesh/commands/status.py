@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -9,9 +10,17 @@ from rich.table import Table
 
 from expertmesh.cluster import record
 from expertmesh.cluster.serve_api import ServeApi
-from expertmesh.cluster.status import ApplicationStatus, ClusterStatus, GroupStatus, describe_experts, join
+from expertmesh.cluster.status import (
+    ApplicationStatus,
+    ClusterStatus,
+    GroupStatus,
+    ReplicaStatus,
+    ScalingStatus,
+    describe_experts,
+    join,
+)
 from expertmesh.commands.console import out
-from expertmesh.directory.client import list_table
+from expertmesh.directory.client import list_table, scaling
 
 
 def status(
@@ -23,7 +32,8 @@ def status(
     Example: expertmesh status --json
     """
     cluster = record.require(name)
-    found = join(cluster, ServeApi(cluster.dashboard, cluster.token).details(), list_table(cluster.directory))
+    details = ServeApi(cluster.dashboard, cluster.token).details()
+    found = join(cluster, details, list_table(cluster.directory), scaling(cluster.directory))
     if json:
         typer.echo(found.model_dump_json(indent=2))
         return
@@ -35,6 +45,27 @@ def status(
     for group in found.groups:
         if not group.agree:
             out.print(_disagreement(group), highlight=False, soft_wrap=True)
+    for line in scaling_lines(found, time.time()):
+        out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def scaling_lines(found: ClusterStatus, now: float) -> list[str]:
+    """Of each group that scales: what is wanted, and why; then those whose autoscaler is stalled."""
+    scaled = [(group.name, group.scaling) for group in found.groups if group.scaling is not None]
+    lines = [f"group {name}: {_decided(one, now)}" for name, one in scaled]
+    return lines + [f"! group {name}: {_stalled(one)}" for name, one in scaled if one.stalled]
+
+
+def _decided(one: ScalingStatus, now: float) -> str:
+    """E.g. 4 replicas wanted (1-8); 2 s ago: busy 71% of 60%."""
+    ago_s = max(0.0, now - one.last.decided_at)
+    why = f"no decision: {one.last.error}" if one.last.error else one.last.reason
+    return f"{one.last.target} replicas wanted ({one.min_replicas}-{one.max_replicas}); {ago_s:.0f} s ago: {why}"
+
+
+def _stalled(one: ScalingStatus) -> str:
+    since = "ever" if one.since_success_s is None else f"for {one.since_success_s:.0f} s"
+    return f"the autoscaler is stalled, no decision has succeeded {since}"
 
 
 def groups_table(found: ClusterStatus) -> Table:
@@ -44,16 +75,21 @@ def groups_table(found: ClusterStatus) -> Table:
     table.add_column("experts, addresses", no_wrap=True)
     table.add_column("ready", justify="right")
     table.add_column("state")
-    for column in ("rows", "rows/s", "busy", "queued"):
+    for column in ("rows", "rows/s", "busy", "queued", "wait p95"):
         table.add_column(column, justify="right")
     for group in found.groups:
         replicas = f"{group.ready}/{group.serve.target}" + ("" if group.agree else " !")
-        load = (f"{group.rows_total:,}", f"{group.rows_per_s:,.0f}", f"{group.busy:.0%}", f"{group.queued_rows:,}")
-        table.add_row(f"[bold]{group.name}[/]", describe_experts(group.experts), replicas, group.serve.status, *load)
+        experts = describe_experts(group.experts)
+        table.add_row(f"[bold]{group.name}[/]", experts, replicas, group.serve.status, *load_cells(group))
         for one in group.replicas:
-            load = (f"{one.rows_total:,}", f"{one.rows_per_s:,.0f}", f"{one.busy:.0%}", f"{one.queued_rows:,}")
-            table.add_row("", f"[dim]{one.address}[/]", "", f"[dim]{one.state}[/]", *load)
+            table.add_row("", f"[dim]{one.address}[/]", "", f"[dim]{one.state}[/]", *load_cells(one))
     return table
+
+
+def load_cells(one: GroupStatus | ReplicaStatus) -> tuple[str, ...]:
+    """Rows, rows/s, busy, queued, 95th percentile of the queue wait."""
+    wait = f"{one.queue_wait_p95_ms:,.1f} ms"
+    return f"{one.rows_total:,}", f"{one.rows_per_s:,.0f}", f"{one.busy:.0%}", f"{one.queued_rows:,}", wait
 
 
 def _application(one: ApplicationStatus) -> str:

@@ -15,8 +15,10 @@ from rich.table import Table
 from expertmesh.cluster import launch, processes
 from expertmesh.cluster.readiness import Step
 from expertmesh.cluster.record import Record
+from expertmesh.cluster.serve_api import ServeApi
 from expertmesh.commands.console import err, out
 from expertmesh.errors import ClusterError
+from expertmesh.resources import out_of_reach
 
 
 def up(
@@ -34,6 +36,8 @@ def up(
     plan = launch.read_plan(config)
     running = bring_up(plan, address, timeout)
     print_addresses(running)
+    for line in out_of_reach(plan.config, ServeApi(running.dashboard, running.token).nodes()):
+        err.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
     if wait:
         try:
             stay_up(running)
@@ -47,6 +51,8 @@ def bring_up(plan: launch.Plan, address: str | None, timeout_s: float) -> Record
     known = launch.known_cluster(plan)
     if known is not None and address in (None, known.dashboard):
         err.print(f"cluster {known.name} is already running; applying {plan.path} to it", highlight=False)
+        if line := launch.way_back(plan, known):
+            err.print(f"this {line}", highlight=False, soft_wrap=True)
         with progress() as show:
             return launch.change(plan, known, timeout_s, show)
     if known is not None:

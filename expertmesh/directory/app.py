@@ -7,40 +7,54 @@ metadata `application`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import grpc
 from ray import serve
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from expertmesh.args import DIRECTORY_DEPLOYMENT, DirectoryArgs
 from expertmesh.directory.directory import Directory
+from expertmesh.directory.metrics import EVERY_S, WINDOW_S, DirectoryMetrics
+from expertmesh.directory.serve_groups import ServeGroups
 from expertmesh.errors import WireError
 from expertmesh.v1 import directory_pb2 as pb
 
 SERVICER_FUNCTION = "expertmesh.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"
 MAX_WATCHERS = 10_000
+HEALTH_PATH = "/healthz"
 
 
 class DirectoryDeployment:
     """Methods bear the names of the calls, by which Serve's proxy finds them."""
 
     def __init__(self) -> None:
-        self._directory = Directory()
+        self._directory = Directory(ServeGroups())
+        self._metrics = DirectoryMetrics()
+        self._publisher: asyncio.Task[None] | None = None
+
+    async def check_health(self) -> None:
+        """Serve calls it once it runs, and every few seconds from then on."""
+        if self._publisher is None:
+            self._publisher = asyncio.create_task(self._publish_forever())
+        if self._publisher.done():
+            raise RuntimeError(f"metrics are published no more: {self._publisher.exception()}")
 
     async def __call__(self, request: Request) -> Response:
-        return Response("the directory speaks gRPC alone\n", status_code=404)
+        """`healthz`: 200, or 503 with the names of the groups whose autoscaler is stalled."""
+        if not request.url.path.endswith(HEALTH_PATH):
+            return Response(f"the directory speaks gRPC; over HTTP there is {HEALTH_PATH} alone\n", status_code=404)
+        health = await self._directory.health()
+        return JSONResponse(health, status_code=503 if health["stalled"] else 200)
 
     async def Announce(self, request: pb.AnnounceRequest, grpc_context: Any) -> pb.AnnounceResponse:
-        try:
+        with refusing(grpc_context):
             return self._directory.announce(request)
-        except WireError as error:
-            grpc_context.set_code(grpc.StatusCode.INVALID_ARGUMENT)
-            grpc_context.set_details(str(error))
-            raise
 
     async def Withdraw(self, request: pb.WithdrawRequest) -> pb.WithdrawResponse:
         return self._directory.withdraw(request)
@@ -53,9 +67,43 @@ class DirectoryDeployment:
             async for table in tables:
                 yield table
 
+    async def ExpertLoad(self, request: pb.ExpertLoadRequest, grpc_context: Any) -> pb.ExpertLoadReply:
+        with refusing(grpc_context):
+            return self._directory.expert_load(request)
+
+    async def Want(self, request: pb.WantRequest, grpc_context: Any) -> pb.WantResponse:
+        with refusing(grpc_context):
+            return await self._directory.want(request)
+
+    async def ReportDecision(self, request: pb.ScalingDecision, grpc_context: Any) -> pb.ReportDecisionResponse:
+        with refusing(grpc_context):
+            return self._directory.report_decision(request)
+
+    async def Scaling(self, request: pb.ScalingRequest) -> pb.ScalingReply:
+        return self._directory.scaling()
+
     async def watchers(self) -> int:
         """Watches that are open."""
         return self._directory.watchers
+
+    async def _publish_forever(self) -> None:
+        directory = self._directory
+        while True:
+            await directory.forget_removed()
+            load = directory.expert_load(pb.ExpertLoadRequest(window_s=WINDOW_S))
+            self._metrics.publish(load, directory.registry.replicas(), directory.scaling(), time.time())
+            await asyncio.sleep(EVERY_S)
+
+
+@contextmanager
+def refusing(grpc_context: Any) -> Iterator[None]:
+    """A request of no use is refused with INVALID_ARGUMENT."""
+    try:
+        yield
+    except WireError as error:
+        grpc_context.set_code(grpc.StatusCode.INVALID_ARGUMENT)
+        grpc_context.set_details(str(error))
+        raise
 
 
 def build(args: dict[str, Any]) -> Any:

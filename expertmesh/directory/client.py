@@ -7,12 +7,15 @@ than several heartbeats is opened again instead.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from expertmesh.args import DIRECTORY_APPLICATION
 from expertmesh.directory.directory import HEARTBEAT_S
@@ -22,11 +25,13 @@ from expertmesh.v1 import directory_pb2_grpc
 from expertmesh.wire.channel import MAX_MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
+Reply = TypeVar("Reply")
 
 METADATA = (("application", DIRECTORY_APPLICATION),)
 """Ray Serve's gRPC proxy finds the application by it."""
 SILENCE_S = 4 * HEARTBEAT_S
 MAX_BACKOFF_S = 2.0
+EXPERT_ROWS_EVERY_S = 3.0
 OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -37,16 +42,63 @@ OPTIONS: list[tuple[str, int]] = [
 
 
 def list_table(address: str, timeout_s: float = 5.0) -> pb.Table:
-    """The directory's table; raises ClusterError where it does not answer in time.
+    """The directory's table; raises ClusterError where it does not answer in time."""
+    return _call(address, "List", pb.ListRequest(), pb.Table, timeout_s)
 
-    A proxy that is slow to shake hands is tried again, one that refuses the connection is not.
+
+def expert_load(address: str, window_s: float, timeout_s: float = 5.0) -> pb.ExpertLoadReply:
+    """Rows that each expert got in the window that ends now, 0 to 600 s; 0: since each live replica began.
+
+    Raises ClusterError where the directory does not answer in time, or refuses the window.
     """
+    return _call(address, "ExpertLoad", pb.ExpertLoadRequest(window_s=window_s), pb.ExpertLoadReply, timeout_s)
+
+
+def scaling(address: str, timeout_s: float = 5.0) -> pb.ScalingReply:
+    """The last decisions for each group; raises ClusterError where the directory does not answer in time."""
+    return _call(address, "Scaling", pb.ScalingRequest(), pb.ScalingReply, timeout_s)
+
+
+def report_decision(address: str, decision: pb.ScalingDecision, timeout_s: float = 2.0) -> None:
+    """Tells what was decided for a group; raises ClusterError where the directory does not answer in time or refuses.
+
+    For who calls often: the connection stays open, one for each address of the process.
+    """
+    stub = directory_pb2_grpc.DirectoryServiceStub(_kept_channel(address))
+    try:
+        stub.ReportDecision(decision, timeout=timeout_s, metadata=METADATA)
+    except grpc.RpcError as error:
+        raise ClusterError(f"directory at {address} does not take a decision: {_reason(error)}") from None
+
+
+async def want(address: str, layer: int, experts: Sequence[int], timeout_s: float = 5.0) -> list[str]:
+    """Asks that groups which hold one of the experts and have no replica be woken; their names. Raises ClusterError
+    where the directory does not answer in time."""
+    request = pb.WantRequest(layer=layer, experts=experts)
+    try:
+        async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+            stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+            reply: pb.WantResponse = await stub.Want(request, timeout=timeout_s, metadata=METADATA)
+            return list(reply.groups)
+    except grpc.aio.AioRpcError as error:
+        raise ClusterError(f"directory at {address} wakes nobody: {_reason(error)}") from None
+
+
+@functools.cache
+def _kept_channel(address: str) -> grpc.Channel:
+    return grpc.insecure_channel(address, OPTIONS)
+
+
+def _call(address: str, name: str, request: Message, answers: type[Reply], timeout_s: float) -> Reply:
+    """A proxy that is slow to shake hands is tried again, one that refuses the connection is not."""
     deadline = time.monotonic() + timeout_s
     with grpc.insecure_channel(address, OPTIONS) as channel:
-        stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+        method = getattr(directory_pb2_grpc.DirectoryServiceStub(channel), name)
         while True:
             try:
-                return stub.List(pb.ListRequest(), timeout=max(0.1, deadline - time.monotonic()), metadata=METADATA)
+                reply = method(request, timeout=max(0.1, deadline - time.monotonic()), metadata=METADATA)
+                assert isinstance(reply, answers)
+                return reply
             except grpc.RpcError as error:
                 slow = error.code() == grpc.StatusCode.UNAVAILABLE and "refused" not in (error.details() or "")
                 if not slow or time.monotonic() > deadline:
@@ -81,14 +133,24 @@ async def watch(address: str) -> AsyncGenerator[pb.Table, None]:
 class Announcer:
     """Keeps one replica's entry alive: announces it every third of the lease and at once after a change.
 
-    `entry` gives the entry as of now. All methods run on one event loop. A directory that is away is tried again with
-    the same rhythm, for ever.
+    `entry` gives the entry as of now, `layer_rows` its experts' counters, which are told every few seconds and after a
+    change. All methods run on one event loop. A directory that is away is tried again with the same rhythm, for ever.
     """
 
-    def __init__(self, address: str, lease_ms: int, entry: Callable[[], pb.Replica]) -> None:
+    def __init__(
+        self,
+        address: str,
+        lease_ms: int,
+        entry: Callable[[], pb.Replica],
+        layer_rows: Callable[[], Sequence[pb.LayerRows]] = tuple,
+    ) -> None:
         self._address = address
         self._lease_ms = lease_ms
         self._entry = entry
+        self._layer_rows = layer_rows
+        self._rows_due_at = float("-inf")
+        self._rows_for = ""
+        """The directory process that was told of rows last."""
         self._wake = asyncio.Event()
         self._reached: bool | None = None
         self._task: asyncio.Task[None] | None = None
@@ -104,6 +166,7 @@ class Announcer:
 
     def changed(self) -> None:
         """Announces at once."""
+        self._rows_due_at = float("-inf")
         self._wake.set()
 
     async def stop(self) -> None:
@@ -132,14 +195,22 @@ class Announcer:
                 continue
 
     async def _announce(self, timeout_s: float) -> None:
-        request = pb.AnnounceRequest(replica=self._entry(), lease_ms=self._lease_ms)
+        now = time.monotonic()
+        # half an interval early: announcements come in a rhythm of their own
+        rows = self._layer_rows() if now >= self._rows_due_at - self._lease_ms / 6000 else ()
+        # the entry after the counters, so that its total covers them
+        request = pb.AnnounceRequest(replica=self._entry(), lease_ms=self._lease_ms, expert_rows=rows)
         try:
-            await self._stub.Announce(request, timeout=timeout_s, metadata=METADATA)
+            reply = await self._stub.Announce(request, timeout=timeout_s, metadata=METADATA)
         except grpc.aio.AioRpcError as error:
             if self._reached is not False:
                 logger.warning("directory at %s: not announced: %s; going on", self._address, _reason(error))
             self._reached = False
             return
+        if rows:
+            self._rows_due_at, self._rows_for = now + EXPERT_ROWS_EVERY_S, reply.directory_id
+        elif reply.directory_id != self._rows_for:
+            self._rows_due_at = float("-inf")
         if self._reached is False:
             logger.info("directory at %s: announced again", self._address)
         self._reached = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from expertmesh.errors import WireError
@@ -10,6 +11,7 @@ from expertmesh.v1 import expert_pb2
 
 DEFAULT_LEASE_S = 3.0
 MAX_LEASE_MS = 600_000
+MAX_GROUPS = 10_000
 
 
 @dataclass
@@ -21,15 +23,20 @@ class Lease:
 class Registry:
     """Who announced itself and when it will be forgotten.
 
-    Settling lasts one lease period from the start: the longest lease announced so far, at least `DEFAULT_LEASE_S`.
+    Of groups that have no replica any more it remembers the experts. Settling lasts one lease period from the start:
+    the longest lease announced so far, at least `DEFAULT_LEASE_S`.
     """
 
-    def __init__(self, directory_id: str, now: float) -> None:
+    def __init__(self, directory_id: str, now: float, left: Callable[[str], None] = lambda replica_id: None) -> None:
+        """`left` is called with the id of every replica that is forgotten."""
         self.directory_id = directory_id
         self.version = 1
         self.loads_revision = 0
         """Rises with every announcement whose load differs from the one before."""
+        self._left = left
         self._leases: dict[str, Lease] = {}
+        self._layers: dict[str, tuple[expert_pb2.LayerExperts, ...]] = {}
+        """Group -> its experts as last announced, also where it has no replica now; the longest known first."""
         self._started_at = now
         self._longest_lease_s = DEFAULT_LEASE_S
 
@@ -41,20 +48,44 @@ class Registry:
         self._leases[replica.replica_id] = Lease(replica, now + lease_ms / 1000)
         if self.settling(now):
             self._longest_lease_s = max(self._longest_lease_s, lease_ms / 1000)
+        if before is None or before.replica.layers != replica.layers or replica.group not in self._layers:
+            self._remember(replica)
         if before is None or _membership(before.replica) != _membership(replica):
             self.version += 1
-        elif before.replica.load != replica.load:
+        elif (before.replica.load, before.replica.queue_wait) != (replica.load, replica.queue_wait):
             self.loads_revision += 1
 
     def withdraw(self, replica_id: str) -> None:
         """Forgets the replica at once; nothing happens where it is not known."""
         if self._leases.pop(replica_id, None) is not None:
             self.version += 1
+            self._left(replica_id)
 
     def expire(self, now: float) -> None:
         """Forgets the replicas whose lease has run out."""
         for replica_id in [name for name, lease in self._leases.items() if lease.expires_at <= now]:
             self.withdraw(replica_id)
+
+    def replicas(self) -> Iterable[pb.Replica]:
+        return (lease.replica for lease in self._leases.values())
+
+    def groups(self) -> set[str]:
+        """Those with a replica that takes rows or will."""
+        return {one.group for one in self.replicas() if one.state != expert_pb2.REPLICA_STATE_DRAINING}
+
+    def holders(self, layer: int, experts: Collection[int]) -> dict[str, set[int]]:
+        """Group -> those of the experts that it holds, with or without a replica."""
+        wanted = set(experts)
+        found = {
+            group: {expert for one in layers if one.layer == layer for expert in one.experts if expert in wanted}
+            for group, layers in self._layers.items()
+        }
+        return {group: held for group, held in found.items() if held}
+
+    def forget(self, group: str) -> None:
+        """The group has been removed, so that it cannot be woken."""
+        if group not in self.groups():
+            self._layers.pop(group, None)
 
     def settling(self, now: float) -> bool:
         return now < self._started_at + self._longest_lease_s
@@ -65,6 +96,12 @@ class Registry:
         if self.settling(now):
             ends.append(self._started_at + self._longest_lease_s)
         return min(ends, default=float("inf"))
+
+    def _remember(self, replica: pb.Replica) -> None:
+        self._layers.pop(replica.group, None)
+        self._layers[replica.group] = tuple(replica.layers)
+        if len(self._layers) > MAX_GROUPS:
+            del self._layers[next(iter(self._layers))]
 
     def table(self, now: float) -> pb.Table:
         self.expire(now)
@@ -81,6 +118,7 @@ def _membership(replica: pb.Replica) -> bytes:
     bare = pb.Replica()
     bare.CopyFrom(replica)
     bare.ClearField("load")
+    bare.ClearField("queue_wait")
     return bare.SerializeToString(deterministic=True)
 
 

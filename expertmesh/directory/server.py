@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
 
-from expertmesh.directory.directory import Directory
+from expertmesh.directory.directory import Applications, Directory
 from expertmesh.errors import ClusterError, WireError
 from expertmesh.v1 import directory_pb2 as pb
 from expertmesh.v1 import directory_pb2_grpc
@@ -22,11 +22,8 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
         self._directory = directory
 
     async def Announce(self, request: pb.AnnounceRequest, context: Context) -> pb.AnnounceResponse:
-        try:
+        async with refusing(context):
             return self._directory.announce(request)
-        except WireError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            raise
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawResponse:
         return self._directory.withdraw(request)
@@ -39,14 +36,41 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
             async for table in tables:
                 yield table
 
+    async def ExpertLoad(self, request: pb.ExpertLoadRequest, context: Context) -> pb.ExpertLoadReply:
+        async with refusing(context):
+            return self._directory.expert_load(request)
 
-async def start_directory(host: str, port: int) -> tuple[grpc.aio.Server, str]:
-    """A running server on the current event loop and its host:port; port 0 takes any.
+    async def Want(self, request: pb.WantRequest, context: Context) -> pb.WantResponse:
+        async with refusing(context):
+            return await self._directory.want(request)
+
+    async def ReportDecision(self, request: pb.ScalingDecision, context: Context) -> pb.ReportDecisionResponse:
+        async with refusing(context):
+            return self._directory.report_decision(request)
+
+    async def Scaling(self, request: pb.ScalingRequest, context: Context) -> pb.ScalingReply:
+        return self._directory.scaling()
+
+
+@asynccontextmanager
+async def refusing(context: Context) -> AsyncIterator[None]:
+    """A request of no use is refused with INVALID_ARGUMENT."""
+    try:
+        yield
+    except WireError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+
+async def start_directory(
+    host: str, port: int, applications: Applications | None = None
+) -> tuple[grpc.aio.Server, str]:
+    """A running server on the current event loop and its host:port; port 0 takes any. It wakes groups by means of
+    `applications`.
 
     Raises ClusterError where the port is in use.
     """
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(Directory()), server)
+    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(Directory(applications)), server)
     try:
         bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <system_error>
@@ -118,30 +119,36 @@ Step::~Step() {
   client->forget(*this);
 }
 
-void Step::wait() {
+bool Step::wait(uint64_t patience_us) {
   Client::Lock lock(client->mutex_);
-  client->wait(lock, *this);
+  client->wait(lock, *this, after_us(patience_us));
+  return unanswered == 0;
+}
+
+uint64_t Step::late_after_us() const {
+  const uint64_t now = now_ns();
+  return late_at_ns > now ? (late_at_ns - now) / 1000 : 0;
 }
 
 bool Step::gather(void* out) {
   const uint64_t began = now_ns();
   Client::Lock lock(client->mutex_);
-  client->wait(lock, *this);
+  client->wait(lock, *this, after_us(late_after_us()));
   const uint64_t arrived = now_ns();
   client->timings_[layer].wait_ns += arrived - began;
-  if (!unserved.tokens.empty()) return false;
+  if (unanswered > 0 || !unserved.tokens.empty()) return false;
   for (const Part& part : parts) {
     if (!part.succeeded()) return false;
   }
   lock.unlock();
-  combine(out);
+  const bool finite = combine(out);
   const uint64_t combined = now_ns();
   lock.lock();
   client->timings_[layer].combine_ns += combined - arrived;
-  return true;
+  return finite;
 }
 
-void Step::combine(void* out) const {
+bool Step::combine(void* out) const {
   struct Source {
     const Part* part;
     Bytes bytes;
@@ -154,6 +161,7 @@ void Step::combine(void* out) const {
   std::vector<float> total(width);
   std::vector<uint8_t> scratch(row_bytes);
   auto* target = static_cast<uint8_t*>(out);
+  bool finite = true;
   for (size_t token = 0; token < tokens; ++token, target += row_bytes) {
     std::fill(total.begin(), total.end(), 0.0f);
     for (Source& source : sources) {
@@ -170,9 +178,13 @@ void Step::combine(void* out) const {
       }
       add(total.data(), row, dtype, width);
     }
+    for (const float sum : total) finite &= std::isfinite(sum);
     round_to(target, dtype, total.data(), width);
   }
+  return finite;
 }
+
+std::unique_lock<std::mutex> Step::lock() const { return std::unique_lock<std::mutex>(client->mutex_); }
 
 void Step::copy_output(size_t part, void* out) const {
   Bytes bytes = parts.at(part).answer.output;
@@ -432,6 +444,7 @@ void Client::write(Stream& stream, Step& step, size_t index, const Rows& rows) {
   stream.load.rows_sent += count;
   stream.waiting[part.id] = {&step, index};
   part.written_ns = now_ns();
+  step.late_at_ns = std::max(step.late_at_ns, part.written_ns + stream.latency.late_after(part.rows.size()));
   stream.outbox.push_back({part.id, grpc::ByteBuffer(&slice, 1)});
   stream.wrote = true;
   flush(stream);
@@ -451,7 +464,9 @@ void Client::read(Stream& stream) {
   stream.rpc->Read(&stream.incoming, stream.tag(Op::read));
 }
 
-void Client::wait(Lock& lock, Step& step) {
+void Client::wait(Lock& lock, Step& step, gpr_timespec patience) {
+  const gpr_timespec wake = gpr_time_min(patience, step.deadline);
+  bool polled = false;  // what has arrived already is seen without any patience
   while (step.unanswered > 0) {
     if (until(step.deadline).count() == 0) {
       const std::string message = "no answer within " + std::to_string(options_.timeout_us / 1000) + " ms";
@@ -463,12 +478,14 @@ void Client::wait(Lock& lock, Step& step) {
       forget(step);
       break;
     }
+    if (until(wake).count() == 0 && polled) break;
     if (!polling_) {
-      poll(lock, step.deadline);
+      polled = !poll(lock, wake);
     } else {
       ++waiters_;
-      turn_.wait_for(lock, until(step.deadline));
+      turn_.wait_for(lock, until(wake));
       --waiters_;
+      polled = true;
     }
   }
   if (waiters_ > 0) turn_.notify_all();
@@ -555,6 +572,7 @@ void Client::deliver(Stream& stream) {
   stream.load.rows_under_way -= static_cast<int64_t>(part.rows.size());
   stream.load.queued_rows = std::max<int64_t>(0, part.answer.queued_rows - stream.load.rows_under_way);
   if (part.answer.code == kOk) {
+    stream.latency.note(part.rows.size(), part.round_trip_ns);
     LayerTimings& timings = timings_[step->layer];
     timings.round_trip_ns += part.round_trip_ns;
     timings.queue_us += part.answer.queue_us;

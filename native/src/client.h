@@ -24,6 +24,7 @@
 
 #include "answer.h"
 #include "choice.h"
+#include "latency.h"
 #include "numbers.h"
 #include "protobuf.h"
 
@@ -112,12 +113,19 @@ struct Step {
   Step(const Step&) = delete;
   Step& operator=(const Step&) = delete;
 
-  /// Returns once every part is answered; failures are answers too.
-  void wait();
+  /// Returns once every part is answered, of which failures are one kind, or after `patience_us`: whether all are.
+  bool wait(uint64_t patience_us);
 
-  /// Waits, then writes the sums over all parts to `out` [tokens, width], of the rows' type, in the order of their
-  /// smallest experts. False, and nothing written, where a part failed or a pair is not served.
+  /// Waits until an answer is late, then writes the sums over all parts to `out` [tokens, width], of the rows' type, in
+  /// the order of their smallest experts. False where a part failed or is late, a pair is not served, or a sum is not
+  /// finite; what is late may then be waited for.
   bool gather(void* out);
+
+  /// Microseconds from now until an answer is late that has not come yet; 0: one is.
+  uint64_t late_after_us() const;
+
+  /// While it is held no answer arrives.
+  std::unique_lock<std::mutex> lock() const;
 
   /// Copies the output [R, width] of a part that succeeded.
   void copy_output(size_t part, void* out) const;
@@ -127,12 +135,15 @@ struct Step {
   size_t tokens, width;
   uint32_t dtype;
   gpr_timespec deadline;
+  /// When the last of its answers should be there; of the monotonic clock, nanoseconds.
+  uint64_t late_at_ns = 0;
   std::vector<Part> parts;
   Unserved unserved;
   size_t unanswered = 0;
 
  private:
-  void combine(void* out) const;
+  /// Whether all sums are finite.
+  bool combine(void* out) const;
 };
 
 class Client : public std::enable_shared_from_this<Client> {
@@ -210,6 +221,7 @@ class Client : public std::enable_shared_from_this<Client> {
     bool ended = false;
     std::unordered_map<uint64_t, std::pair<Step*, size_t>> waiting;
     Load load;
+    Latency latency;
 
     bool usable() const { return !finishing && !closed && broken.empty(); }
     void* tag(Op op) {
@@ -225,7 +237,8 @@ class Client : public std::enable_shared_from_this<Client> {
   using Lock = std::unique_lock<std::mutex>;
 
   bool poll(Lock& lock, gpr_timespec deadline);
-  void wait(Lock& lock, Step& step);
+  /// Until all is answered or `until` has come, which the step's own deadline may do first.
+  void wait(Lock& lock, Step& step, gpr_timespec until);
   void handle(const Tag& tag, bool ok);
   /// Asks for the next answer, unless that is done already.
   void read(Stream& stream);

@@ -79,12 +79,14 @@ std::shared_ptr<Step> send(Client& client, uint32_t layer, uintptr_t hidden_stat
 }
 
 nb::list parts_of(const Step& step) {
+  const auto lock = step.lock();
   nb::list parts;
   for (const Part& part : step.parts) {
     parts.append(nb::make_tuple(part.replica, to_bytes(part.rows), to_bytes(part.pair_rows),
                                 to_bytes(part.pair_experts), to_bytes(part.pair_weights), part.answer.code,
                                 nb::bytes(part.answer.message.data(), part.answer.message.size()),
-                                part.round_trip_ns / 1000, part.answer.queue_us, part.answer.compute_us));
+                                part.round_trip_ns / 1000, part.answer.queue_us, part.answer.compute_us,
+                                part.answered));
   }
   return parts;
 }
@@ -145,8 +147,13 @@ std::vector<int32_t> choose_owners(const std::vector<std::pair<uint32_t, int64_t
 
 void bind_client(nb::module_& module) {
   using Release = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<Latency>(module, "Latency")
+      .def(nb::init<>())
+      .def("note", &Latency::note)
+      .def("late_after", &Latency::late_after);
   nb::class_<Step>(module, "Step")
       .def("wait", &Step::wait, Release())
+      .def("late_after_us", &Step::late_after_us)
       .def("gather", [](Step& step, uintptr_t out) { return step.gather(reinterpret_cast<void*>(out)); }, Release())
       .def("parts", &parts_of)
       .def("unserved", &unserved_of)

@@ -52,10 +52,6 @@ grpc::ByteBuffer one_slice(const std::string& message) {
   return grpc::ByteBuffer(&slice, 1);
 }
 
-uint32_t microseconds(int64_t ns) {
-  return static_cast<uint32_t>(std::clamp<int64_t>((ns + 500) / 1000, 0, UINT32_MAX));
-}
-
 /// target = source [count] of `from`, as type `to`.
 void convert(uint8_t* target, uint32_t to, const uint8_t* source, uint32_t from, size_t count) {
   if (to == from) {
@@ -393,6 +389,7 @@ std::optional<Taken> Server::take() {
     }
     const int64_t now = now_ns();
     while (batch_.jobs.empty() && waiting_.take(now, &batch_)) {
+      note_waits(now);
       fail_jobs(&batch_.expired, kDeadlineExceeded, "the timeout passed in the queue", now);
     }
     if (!batch_.jobs.empty() || (waiting_.closed() && waiting_.empty())) break;
@@ -411,6 +408,12 @@ std::optional<Taken> Server::take() {
   lock.unlock();
   gather();
   return Taken{batch_.layer, batch_.rows, batch_.dtype, batch_.pairs};
+}
+
+void Server::note_waits(int64_t now) {
+  meter_.waits.took(now);
+  for (const Job& job : batch_.jobs) meter_.waits.add(now, microseconds(now - job.arrived_at));
+  for (const Job& job : batch_.expired) meter_.waits.add(now, microseconds(now - job.arrived_at));
 }
 
 void Server::gather() {
@@ -531,6 +534,11 @@ Load Server::load() {
 std::map<uint32_t, std::vector<int64_t>> Server::expert_rows() {
   const Lock lock(mutex_);
   return meter_.expert_rows();
+}
+
+std::pair<uint32_t, uint32_t> Server::queue_wait() {
+  const Lock lock(mutex_);
+  return meter_.waits.quantiles(now_ns(), waiting_.oldest());
 }
 
 Server::Streams Server::streams() {

@@ -102,6 +102,8 @@ class Server {
 
   Load load();
   std::map<uint32_t, std::vector<int64_t>> expert_rows();
+  /// Median and 95th percentile of how long requests waited, microseconds.
+  std::pair<uint32_t, uint32_t> queue_wait();
   /// Requests that are not answered yet, Dispatch streams, and most rows that one of them has open.
   struct Streams {
     size_t waiting = 0, count = 0;
@@ -139,6 +141,7 @@ class Server {
   bool may_watch(int64_t now) const;
 
   void gather();
+  void note_waits(int64_t now);
   void fail_jobs(std::vector<Job>* jobs, Code code, const std::string& message, int64_t now);
   Writer header(uint64_t id, Code code, const std::string& message) const;
   void put_load(Writer* message, uint32_t field, int64_t now);

@@ -10,6 +10,7 @@
 
 namespace nb = nanobind;
 using expertmesh::server::Buffers;
+using expertmesh::server::LoadMeter;
 using expertmesh::server::Server;
 using expertmesh::server::Settings;
 using expertmesh::server::Taken;
@@ -69,9 +70,35 @@ class PythonServer : public Server {
   }
 };
 
+/// What the server records of a batch whose requests came at `arrived`, `times` over; for tests and benchmarks.
+void record(LoadMeter& meter, int64_t now, uint32_t layer, const std::vector<int64_t>& arrived,
+            const std::vector<int32_t>& experts, uint32_t rows, uint32_t times) {
+  for (uint32_t i = 0; i < times; ++i) {
+    meter.waits.took(now);
+    for (const int64_t at : arrived) meter.waits.add(now, expertmesh::server::microseconds(now - at));
+    meter.begin(now);
+    meter.end(now, rows);
+    meter.count(layer, experts);
+  }
+}
+
 }  // namespace
 
 void bind_server(nb::module_& module) {
+  nb::class_<LoadMeter>(module, "LoadMeter")
+      .def(
+          "__init__",
+          [](LoadMeter* meter, const std::map<uint32_t, size_t>& experts_per_layer, int64_t now) {
+            new (meter) LoadMeter(now);
+            for (const auto& [layer, experts] : experts_per_layer) meter->add_layer(layer, experts);
+          },
+          nb::arg("experts_per_layer"), nb::arg("now"))
+      .def("record", &record, nb::arg("now"), nb::arg("layer"), nb::arg("arrived"), nb::arg("experts"), nb::arg("rows"),
+           nb::arg("times") = 1)
+      .def(
+          "queue_wait",
+          [](const LoadMeter& meter, int64_t now, int64_t oldest) { return meter.waits.quantiles(now, oldest); },
+          nb::arg("now"), nb::arg("oldest"));
   nb::class_<PythonServer>(module, "Server")
       .def(
           "__init__",
@@ -122,6 +149,7 @@ void bind_server(nb::module_& module) {
              return nb::make_tuple(load.queued_rows, load.busy, load.rows_total, load.rows_per_s);
            })
       .def("expert_rows", &PythonServer::expert_rows)
+      .def("queue_wait", &PythonServer::queue_wait)
       .def("streams",
            [](PythonServer& server) {
              const auto streams = server.streams();

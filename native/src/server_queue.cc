@@ -43,4 +43,10 @@ bool Queue::take(int64_t now, Batch* batch) {
   return true;
 }
 
+int64_t Queue::oldest() const {
+  int64_t oldest = layers_.empty() ? -1 : INT64_MAX;
+  for (const auto& [layer, queue] : layers_) oldest = std::min(oldest, queue.front().arrived_at);
+  return oldest;
+}
+
 }  // namespace expertmesh::server

@@ -37,6 +37,8 @@ class Queue {
   bool closed() const { return closed_; }
   bool empty() const { return layers_.empty(); }
   uint64_t queued_rows() const { return queued_rows_; }
+  /// When the request came that has waited longest; negative where nothing waits.
+  int64_t oldest() const;
 
   const uint64_t max_queued_rows;
 

@@ -1,6 +1,7 @@
-"""Ray Serve LLM's vLLM engine with the worker in the engine core's own process on CPUs. Written against Ray 2.60.
+"""Ray Serve LLM's vLLM engine with the worker in the engine core's own process. Written against Ray 2.60.
 
-Ray Serve LLM sets the executor "mp" on CPUs, whatever the engine arguments say.
+Ray Serve LLM sets the executor "mp" on CPUs, whatever the engine arguments say. Executor and scheduler are ours: a step
+that lost rows fails their requests alone.
 """
 
 from __future__ import annotations
@@ -8,11 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from vllm.exceptions import RetryableRequestError
 
 from router_service.vllm_executor import InProcessExecutor
+from router_service.vllm_scheduler import SparingAsyncScheduler, SparingScheduler
+
+
+class ExpertsAway(RetryableRequestError, ValueError):  # type: ignore[misc]
+    """A request lost rows. vLLM answers it with 503; Ray Serve LLM passes on what is a ValueError and no other."""
+
+
+def raise_if_error(finish_reason: str | None, request_id: str) -> None:
+    if finish_reason == "error":
+        raise ExpertsAway(f"experts that request {request_id} needs are not served now; try again")
 
 
 class InProcessEngine(VLLMEngine):  # type: ignore[misc]
+    async def start(self) -> None:
+        await super().start()
+        for serving in (self._oai_serving_chat, self._oai_serving_completion):
+            if serving is not None:
+                serving._raise_if_error = raise_if_error
+
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
         engine_config.parallel_config.distributed_executor_backend = InProcessExecutor
+        scheduling = engine_config.scheduler_config
+        scheduling.scheduler_cls = SparingAsyncScheduler if scheduling.async_scheduling else SparingScheduler
         return super()._start_async_llm_engine(engine_args, engine_config, placement_group)

@@ -39,8 +39,12 @@ class Answer:
 class Pending(Protocol):
     """Batches under way."""
 
-    def wait(self) -> list[Answer]:
-        """Returns when every batch has an answer, in the order of the batches. Failures are answers, not exceptions."""
+    def late_after_s(self) -> float:
+        """Seconds from now until an answer that has not come is late, by what the replicas usually take; 0: it is."""
+
+    def wait(self, patience_s: float) -> list[Answer | None]:
+        """Returns when every batch has an answer or `patience_s` has passed; in the order of the batches, None for what
+        has not come. Failures are answers, not exceptions. May be called again."""
 
 
 class Transport(Protocol):
@@ -60,9 +64,9 @@ class Step(Protocol):
 
     def gather(self) -> torch.Tensor | None:
         """Waits for all answers; gives what `combine` gives for them, on the device of the hidden states. None where
-        an answer failed or a pair has no replica."""
+        an answer failed or is late or a pair has no replica."""
 
-    def answers(self) -> tuple[list[ReplicaBatch], list[Answer], Pairs | None]:
+    def parts(self) -> tuple[list[ReplicaBatch], Pending, Pairs | None]:
         """After `gather` gave None: the batches, their answers and the pairs without a replica."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +42,8 @@ class Step:
         if not requests:
             self._done.set()
         self._timer: asyncio.TimerHandle | None = None
+        waits = [stream.late_after_s(request.hidden_states.rows) for stream, request in requests if stream]
+        self._late_at = time.monotonic() + max(waits, default=0.0)
 
     def send(self, timeout_s: float) -> None:
         ids = [
@@ -53,18 +56,23 @@ class Step:
         if self._missing:
             self._timer = self._shared.loop.call_later(timeout_s, self._give_up, ids, timeout_s)
 
-    def wait(self) -> list[Answer]:
+    def late_after_s(self) -> float:
+        return max(0.0, self._late_at - time.monotonic())
+
+    def wait(self, patience_s: float) -> list[Answer | None]:
+        until = time.monotonic() + patience_s
         while not self._done.is_set():
             with self._shared.borrow() as ours:
                 if ours:
-                    self._shared.run_until(self._done.is_set)
+                    self._shared.run_until(self._done.is_set, until)
+            if time.monotonic() >= until:
+                break
             if not ours:
                 self._shared.call_soon(lambda: None)
                 self._done.wait(LOOK_AGAIN_S)
         return [
-            _to_answer(request, reply)
+            None if reply is None else _to_answer(request, reply)
             for (_, request), reply in zip(self._requests, self._replies, strict=True)
-            if reply is not None
         ]
 
     def _note(self, number: int, reply: Reply) -> None:

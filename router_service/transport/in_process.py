@@ -19,8 +19,11 @@ Replica = Callable[[int, torch.Tensor, ReplicaBatch], Answer]
 class Answered:
     answers: list[Answer]
 
-    def wait(self) -> list[Answer]:
-        return self.answers
+    def late_after_s(self) -> float:
+        return 0.0
+
+    def wait(self, patience_s: float) -> list[Answer | None]:
+        return list(self.answers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import grpc
 import grpc.aio
 
-from expertmesh.directory.client import watch
+from expertmesh.directory.client import want, watch
 from expertmesh.directory.table import merge
-from expertmesh.errors import ConfigError, FingerprintMismatch, WireError
+from expertmesh.errors import ClusterError, ConfigError, FingerprintMismatch, WireError
 from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
@@ -24,6 +26,8 @@ from router_service.transport.shared_loop import SharedLoop
 log = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S, PROBE_PERIOD_S = 1.0, 0.25
+WANT_PERIOD_S = 1.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 """Between attempts to reach a replica that the directory lists."""
 
@@ -61,6 +65,10 @@ class Links:
         self._open_stream = open_stream
         self._tls = tls
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._addresses: dict[str, str] = {}
+        self._wants: dict[int, asyncio.Task[None]] = {}
+        """Layer -> telling the directory that experts of it are missing, and the pause after that."""
+        replicas.on_missing = self._note_missing
         self.shared = SharedLoop("expertmesh-links")
         self.shared.run(self._start())
 
@@ -77,12 +85,51 @@ class Links:
 
     async def _start(self) -> None:
         self._follower = asyncio.create_task(self._follow())
+        self._prober = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Gives suspended replicas rows again once they answer."""
+        while True:
+            now = time.monotonic()
+            due = [one.replica for one in self._replicas.suspended().values() if one.probe_at <= now]
+            await asyncio.gather(*(self._try(replica.replica_id) for replica in due))
+            await asyncio.sleep(PROBE_PERIOD_S)
+
+    async def _try(self, replica_id: str) -> None:
+        try:
+            await self._describe(self._addresses[replica_id], PROBE_TIMEOUT_S)
+        except (KeyError, grpc.aio.AioRpcError, ConfigError, FingerprintMismatch, WireError):
+            self._replicas.postpone(replica_id)
+        else:
+            self._replicas.resume(replica_id)
+
+    def _note_missing(self, layer: int, experts: frozenset[int]) -> None:
+        """Called on any thread, as often as one likes."""
+        if layer not in self._wants and not self.loop.is_closed():
+            self.shared.call_soon(functools.partial(self._begin_want, layer, sorted(experts)))
+
+    def _begin_want(self, layer: int, experts: list[int]) -> None:
+        if layer not in self._wants:
+            self._wants[layer] = asyncio.create_task(self._want(layer, experts))
+
+    async def _want(self, layer: int, experts: list[int]) -> None:
+        """At once, and again no sooner than in a second, so that the directory wakes who sleeps."""
+        try:
+            groups = await want(self._directory, layer, experts)
+            log.info("layer %d: rows wait for experts that nobody serves; woken: %s", layer, groups or "none")
+            await asyncio.sleep(WANT_PERIOD_S)
+        except ClusterError as error:
+            log.info("layer %d: rows wait for experts that nobody serves; %s", layer, error)
+            await asyncio.sleep(WANT_PERIOD_S)
+        finally:
+            del self._wants[layer]
 
     async def _follow(self) -> None:
         table: directory_pb2.Table | None = None
         async for received in watch(self._directory):
             table = merge(table, received)
             listed = {one.replica_id: one for one in table.replicas}
+            self._addresses = {one.replica_id: one.address for one in table.replicas}
             for replica_id in self._tasks.keys() - listed.keys():
                 self._tasks.pop(replica_id).cancel()
             for replica_id, replica in listed.items():
@@ -122,12 +169,12 @@ class Links:
             self._replicas.remove(replica.replica_id)
             await stream.close()
 
-    async def _describe(self, address: str) -> pb.DescribeResponse:
+    async def _describe(self, address: str, timeout_s: float = DESCRIBE_TIMEOUT_S) -> pb.DescribeResponse:
         """What the replica serves; raises FingerprintMismatch, WireError where it speaks another protocol, and
         grpc.aio.AioRpcError where it does not answer."""
         async with open_channel(address, self._tls) as channel:
             stub = pb_grpc.ExpertServiceStub(channel)
-            description: pb.DescribeResponse = await stub.Describe(pb.DescribeRequest(), timeout=DESCRIBE_TIMEOUT_S)
+            description: pb.DescribeResponse = await stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
         if description.protocol_version != PROTOCOL_VERSION:
             raise WireError(f"speaks protocol {description.protocol_version}, this router {PROTOCOL_VERSION}")
         if description.fingerprint != self._fingerprint:
@@ -137,7 +184,7 @@ class Links:
         return description
 
     async def _close(self) -> None:
-        tasks = [self._follower, *self._tasks.values()]
+        tasks = [self._follower, self._prober, *self._tasks.values(), *self._wants.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

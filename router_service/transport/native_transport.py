@@ -24,6 +24,7 @@ from router_service.transport.links import Links
 
 OPEN_TIMEOUT_S = 5.0
 NO_STREAM = -1
+MAX_PATIENCE_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class NativeStep:
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         return out if self._step.gather(out.data_ptr()) else None
 
-    def answers(self) -> tuple[list[ReplicaBatch], list[Answer], Pairs | None]:
-        """What was sent, what came back for it, and the pairs that no replica serves; after `gather` gave None."""
+    def parts(self) -> tuple[list[ReplicaBatch], NativePending, Pairs | None]:
+        """What was sent, what comes back for it, and the pairs that no replica serves; after `gather` gave None."""
         batches = [
             ReplicaBatch(
                 replica,
@@ -75,18 +76,21 @@ class NativeStep:
         ]
         tokens, experts, weights = self._step.unserved()
         unserved = Pairs(_array(tokens, np.int64), _array(experts, np.int32), _array(weights, np.float32))
-        return batches, _answers(self._step, self.hidden_states), unserved if tokens else None
+        return batches, NativePending(self._step, self.hidden_states), unserved if tokens else None
 
 
 @dataclass(frozen=True, slots=True)
 class NativePending:
-    """Batches that the caller has made."""
+    """Batches under way."""
 
     step: expertmesh_native.Step
     hidden_states: torch.Tensor
 
-    def wait(self) -> list[Answer]:
-        self.step.wait()
+    def late_after_s(self) -> float:
+        return self.step.late_after_us() * 1e-6
+
+    def wait(self, patience_s: float) -> list[Answer | None]:
+        self.step.wait(int(min(patience_s, MAX_PATIENCE_S) * 1e6))
         return _answers(self.step, self.hidden_states)
 
 
@@ -238,9 +242,14 @@ def _array(data: bytes, element: type[Any]) -> NDArray[Any]:
     return np.frombuffer(bytearray(data), element)
 
 
-def _answers(step: expertmesh_native.Step, hidden_states: torch.Tensor) -> list[Answer]:
-    answers = []
-    for number, (_, rows, *_columns, code, message, round_trip_us, queue_us, compute_us) in enumerate(step.parts()):
+def _answers(step: expertmesh_native.Step, hidden_states: torch.Tensor) -> list[Answer | None]:
+    answers: list[Answer | None] = []
+    for number, (_, rows, *_columns, code, message, round_trip_us, queue_us, compute_us, there) in enumerate(
+        step.parts()
+    ):
+        if not there:
+            answers.append(None)
+            continue
         if code != pb.CODE_OK:
             answers.append(Answer(pb.Code.ValueType(code), message.decode(errors="replace")))
             continue

@@ -63,10 +63,17 @@ class SharedLoop:
         self.loop.call_soon(self.loop.stop)
         self.loop.run_forever()
 
-    def run_until(self, done: Callable[[], bool]) -> None:
-        """Runs it until `done`, after which somebody must call `interrupt`; only for who has borrowed it."""
-        while not done():
-            self.loop.run_forever()
+    def run_until(self, done: Callable[[], bool], until: float) -> None:
+        """Runs it until `done`, after which somebody must call `interrupt`, or until that time of the monotonic clock,
+        what is ready by then included; only for who has borrowed it."""
+        timer = self.loop.call_at(self.loop.time() + max(0.0, until - time.monotonic()), self.loop.stop)
+        try:
+            while not done():
+                self.loop.run_forever()
+                if time.monotonic() >= until:
+                    return
+        finally:
+            timer.cancel()
 
     def interrupt(self) -> None:
         """Lets a borrower look again whether it is done; called on the loop."""

@@ -16,6 +16,7 @@ from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import FINGERPRINT_KEY, open_channel
 from expertmesh.wire.tls import TlsFiles
+from router_service.latency import Latency
 from router_service.replicas import LiveReplica
 
 
@@ -52,6 +53,7 @@ class ReplicaStream:
         self._unwritten: deque[pb.DispatchRequest] = deque()
         self._writer: asyncio.Task[None] | None = None
         self._why_ended: str | None = None
+        self._latency = Latency()
 
     def send(self, request: pb.DispatchRequest, on_reply: OnReply) -> int:
         """Sends it as soon as what was sent before is written; every failure is a reply too. Returns its id."""
@@ -67,6 +69,10 @@ class ReplicaStream:
         if self._writer is None:
             self._writer = asyncio.create_task(self._write())
         return request.id
+
+    def late_after_s(self, rows: int) -> float:
+        """From when on an answer to so many rows is late."""
+        return self._latency.late_after_s(rows)
 
     def give_up(self, request_id: int, reply: Reply) -> None:
         """Replies in the replica's stead, unless it has; what it still answers is ignored."""
@@ -112,5 +118,8 @@ class ReplicaStream:
         live = self._live
         live.rows_under_way -= waiting.rows
         live.queued_rows = max(0, response.load.queued_rows - live.rows_under_way)
-        round_trip_us = int((time.monotonic() - waiting.sent_at) * 1e6)
+        round_trip_s = time.monotonic() - waiting.sent_at
+        if response.status.code == pb.CODE_OK:
+            self._latency.note(waiting.rows, round_trip_s)
+        round_trip_us = int(round_trip_s * 1e6)
         waiting.on_reply(Reply(response, round_trip_us=round_trip_us))

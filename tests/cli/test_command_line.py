@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import expertmesh
 from expertmesh.cli import app
 
-COMMANDS = ("up", "down", "status", "generate", "prepare", "config-schema")
+COMMANDS = ("up", "down", "status", "top", "plan", "rebalance", "simulate", "generate", "prepare", "config-schema")
 
 
 def run(home: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:

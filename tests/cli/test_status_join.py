@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from expertmesh.cluster.hottest import top_of
 from expertmesh.cluster.readiness import steps
 from expertmesh.cluster.record import Record
 from expertmesh.cluster.status import describe_experts, join
+from expertmesh.commands.status import scaling_lines
 from expertmesh.v1 import directory_pb2, expert_pb2
 
 RECORD = Record(
@@ -61,6 +64,61 @@ def test_groups_that_they_do_not_agree_on() -> None:
     assert (found["a"].ready, found["a"].serve.running) == (0, 1)
     assert (found["b"].ready, found["b"].serve.status) == (1, "ABSENT")
     assert (found["c"].ready, found["c"].replicas[0].state) == (0, "draining")
+
+
+def test_what_the_autoscaler_decided_and_where_it_is_stalled() -> None:
+    decided = directory_pb2.ScalingDecision(
+        group="a", decided_at=100, target_before=2, target=3, asked=4, busy=0.7104, queue_wait_ms=math.nan,
+        reason="busy 71% of 60%", min_replicas=1, max_replicas=8,
+    )  # fmt: skip
+    failed = directory_pb2.ScalingDecision(
+        group="b", decided_at=101, target=1, error="ZeroDivisionError", max_replicas=2
+    )
+    scaling = directory_pb2.ScalingReply(
+        groups=[
+            directory_pb2.GroupScaling(last=decided, changes=[decided], since_success_s=2),
+            directory_pb2.GroupScaling(last=failed, since_success_s=-1, stalled=True),
+        ]
+    )
+    details = {"applications": {f"experts-{name}": application(1, 1) for name in "abc"}}
+    found = join(RECORD, details, table(replica("a", 1)), scaling)
+    a, b, c = found.groups
+    assert a.scaling is not None and a.scaling.changes == [a.scaling.last]
+    assert (a.scaling.last.busy, a.scaling.last.queue_wait_ms, a.scaling.since_success_s) == (0.71, None, 2)
+    assert b.scaling is not None and b.scaling.since_success_s is None and b.scaling.stalled and c.scaling is None
+    assert "NaN" not in found.model_dump_json()
+    assert scaling_lines(found, now=102) == [
+        "group a: 3 replicas wanted (1-8); 2 s ago: busy 71% of 60%",
+        "group b: 1 replicas wanted (0-2); 1 s ago: no decision: ZeroDivisionError",
+        "! group b: the autoscaler is stalled, no decision has succeeded ever",
+    ]
+
+
+def test_queue_wait_of_a_group_is_that_of_its_slowest_replica() -> None:
+    one, other = replica("a", 1), replica("a", 2)
+    one.queue_wait.p95_us, other.queue_wait.p95_us, other.queue_wait.p50_us = 1500, 20_000, 3000
+    (group,) = join(RECORD, {}, table(one, other)).groups
+    assert group.queue_wait_p95_ms == 20 and [r.queue_wait_p50_ms for r in group.replicas] == [0, 3]
+
+
+def test_hot_experts_and_uneven_layers_come_first() -> None:
+    load = directory_pb2.ExpertLoadReply(
+        window_s=10,
+        layers=[
+            directory_pb2.LayerRows(layer=0, experts=[0, 1], rows=[30, 10]),
+            directory_pb2.LayerRows(layer=1, experts=[4, 9], rows=[100, 0]),
+            directory_pb2.LayerRows(layer=2, experts=[0], rows=[0]),
+        ],
+        balance=[directory_pb2.LayerBalance(layer=layer, balancedness=even) for layer, even in ((0, 0.9), (1, 0.5))],
+    )
+    found = top_of(join(RECORD, {}, table()), load, most=2)
+    assert [(one.layer, one.expert, one.rows_per_s, one.share) for one in found.experts] == [
+        (1, 4, 10, 1),
+        (0, 0, 3, 0.75),
+    ]
+    assert [(one.layer, one.rows_per_s, one.balancedness) for one in found.layers] == [
+        (1, 10, 0.5), (0, 4, 0.9), (2, 0, None),
+    ]  # fmt: skip
 
 
 def test_experts_in_words() -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import ray
 from config_values import config, manifest
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from expertmesh.args import GroupArgs, RouterArgs
-from expertmesh.config import ClusterConfig
+from expertmesh.config import ClusterConfig, EmulatedDevice, ScalingSection
 from expertmesh.deployment import serve_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 
 SCALED = config(
     {"name": "a", "experts": "0-3", "num_cpus": 2, "min_replicas": 2, "max_replicas": 2},
@@ -56,7 +59,7 @@ def test_servicer_and_builders_exist() -> None:
 def test_args_are_what_the_applications_take() -> None:
     made = applications(SCALED)
     b = GroupArgs.model_validate(made["experts-b"]["args"])
-    assert b.experts == {1: "4-7", 2: "4-7", 3: "4-7"}
+    assert b.experts == {"1-3": "4-7"}
     assert (b.device, b.directory, b.ports) == ("cuda", "127.0.0.1:9123", (5000, 5009))
     assert GroupArgs.model_validate(made["experts-a"]["args"]).num_threads == 2
     assert RouterArgs.model_validate(made["router"]["args"]).name == "tiny"
@@ -65,17 +68,42 @@ def test_args_are_what_the_applications_take() -> None:
 def test_bounds_and_resources() -> None:
     made = applications(SCALED)
     (a,), (b,) = made["experts-a"]["deployments"], made["experts-b"]["deployments"]
-    assert a["num_replicas"] == 2
-    assert "autoscaling_config" not in a
-    assert b["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 5}
-    assert "num_replicas" not in b
-    assert b["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 0.5}
+    assert [a["autoscaling_config"][key] for key in ("min_replicas", "max_replicas")] == [2, 2]
+    assert [b["autoscaling_config"][key] for key in ("min_replicas", "max_replicas")] == [1, 5]
+    assert "num_replicas" not in a | b
+    assert b["ray_actor_options"] == {"num_cpus": 1, "num_gpus": 0.5, "resources": {}}
+
+
+def test_our_policy_alone_decides_with_the_groups_targets_or_the_clusters() -> None:
+    """Checked with Ray's own AutoscalingConfig."""
+    wanted = config(
+        {"name": "a", "experts": "0-3", "min_replicas": 0, "max_replicas": 4, "scaling": {"target_busy": 0.4}},
+        {"name": "b", "experts": "4-7"},
+        scaling={"target_busy": 0.8},
+    )
+    for application, bounds, busy in (("experts-a", (0, 4), 0.4), ("experts-b", (1, 1), 0.8)):
+        made = applications(wanted)[application]["deployments"][0]["autoscaling_config"]
+        scaling = AutoscalingConfig.model_validate(made)
+        assert (scaling.min_replicas, scaling.max_replicas, scaling.initial_replicas) == (*bounds, None)
+        assert scaling.upscale_delay_s == scaling.downscale_delay_s == scaling.downscale_to_zero_delay_s == 0
+        assert scaling.get_upscaling_factor() == scaling.get_downscaling_factor() == 1
+        assert scaling.metrics_interval_s == 1
+        policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
+        assert policy._targets == ScalingSection(target_busy=busy)
+        assert scaling.policy.policy_kwargs["directory"] == "127.0.0.1:9000"
+
+
+def test_an_emulated_device_is_an_argument_of_its_group() -> None:
+    device = {"teraflops": 1.0, "memory_gb_per_s": 100.0, "overhead_us": 5.0}
+    made = applications(config({"name": "a", "experts": "0-7", "emulated": device}))
+    assert GroupArgs.model_validate(made["experts-a"]["args"]).emulated == EmulatedDevice.model_validate(device)
 
 
 @pytest.mark.parametrize("group", ["a", "b"])
-def test_changed_bounds_change_no_args(group: str) -> None:
+def test_changed_bounds_and_targets_change_no_args(group: str) -> None:
     """Since changed args would restart the application."""
-    groups = [one.model_dump() | ({"max_replicas": 7} if one.name == group else {}) for one in SCALED.groups]
+    change = {"max_replicas": 7, "scaling": {"target_busy": 0.3}}
+    groups = [one.model_dump() | (change if one.name == group else {}) for one in SCALED.groups]
     changed = SCALED.model_dump() | {"groups": groups, "engine": {"max_replicas": 3}}
     before, after = applications(SCALED), applications(ClusterConfig.model_validate(changed))
     assert {name: one["args"] for name, one in before.items()} == {name: one["args"] for name, one in after.items()}

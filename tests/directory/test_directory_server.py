@@ -12,7 +12,15 @@ from pathlib import Path
 import grpc
 import pytest
 
-from expertmesh.directory.client import Announcer, list_table, watch
+from expertmesh.directory.client import (
+    Announcer,
+    expert_load,
+    list_table,
+    report_decision,
+    scaling,
+    want,
+    watch,
+)
 from expertmesh.directory.server import start_directory
 from expertmesh.directory.table import merge
 from expertmesh.errors import ClusterError
@@ -155,6 +163,93 @@ def test_a_port_in_use_is_named() -> None:
         async with directory() as address:
             with pytest.raises(ClusterError, match=f"port {address.split(':')[1]} is in use"):
                 await start_directory("127.0.0.1", int(address.split(":")[1]))
+
+    run(test)
+
+
+def counted(rows: int) -> list[pb.LayerRows]:
+    return [pb.LayerRows(layer=1, experts=[0, 1], rows=[rows, 0])]
+
+
+def test_announced_rows_are_asked_back() -> None:
+    """Told when the replica announces itself first and after a change; its rhythm otherwise is seconds."""
+
+    async def test() -> None:
+        entry, rows = Entry("a"), [0]
+        entry.replica.layers.add(layer=1, experts=[0, 1])
+        async with directory() as address:
+            announcer = Announcer(address, 600, entry, lambda: counted(rows[0]))
+            await announcer.start()
+            while not (reply := await asyncio.to_thread(expert_load, address, 0)).layers:
+                await asyncio.sleep(0.05)
+            assert reply.layers[0] == counted(0)[0]
+            rows[0] = entry.replica.load.rows_total = 5
+            announcer.changed()
+            while (reply := await asyncio.to_thread(expert_load, address, 60)).layers[0].rows != [5, 0]:
+                await asyncio.sleep(0.05)
+            assert reply.fingerprint == "f" and 0 <= reply.oldest_report_s < 60
+            with pytest.raises(ClusterError, match="window_s 601 is not within 0 to 600"):
+                await asyncio.to_thread(expert_load, address, 601)
+            await announcer.stop()
+
+    run(test)
+
+
+def test_a_directory_that_restarts_is_told_of_rows_at_once() -> None:
+    async def test() -> None:
+        entry = Entry("a")
+        entry.replica.layers.add(layer=1, experts=[0, 1])
+        entry.replica.load.rows_total = 5
+        with directory_process(0) as (first, port):
+            address = f"127.0.0.1:{port}"
+            announcer = Announcer(address, 600, entry, lambda: counted(5))
+            await announcer.start()
+            while not (await asyncio.to_thread(expert_load, address, 0)).layers:
+                await asyncio.sleep(0.05)
+            first.kill()
+            first.wait()
+            with directory_process(port):
+                while not (reply := await asyncio.to_thread(expert_load, address, 0, 20)).layers:
+                    await asyncio.sleep(0.05)
+                assert reply.layers[0] == counted(5)[0]
+                await announcer.stop()
+
+    run(test)
+
+
+def test_decisions_are_reported_and_asked_back() -> None:
+    async def test() -> None:
+        async with directory() as address:
+            made = pb.ScalingDecision(group="g", target_before=1, target=2, reason="busy 90% of 60%", max_replicas=4)
+            await asyncio.to_thread(report_decision, address, made)
+            (group,) = (await asyncio.to_thread(scaling, address)).groups
+            assert group.last == made and list(group.changes) == [made] and not group.stalled
+            with pytest.raises(ClusterError, match="group is empty"):
+                await asyncio.to_thread(report_decision, address, pb.ScalingDecision())
+
+    run(test)
+
+
+def test_only_groups_that_sleep_are_wanted() -> None:
+    async def test() -> None:
+        async with directory() as address:
+            a, b = Entry("a"), Entry("b")
+            a.replica.group, b.replica.group = "ga", "gb"
+            a.replica.layers.add(layer=1, experts=[0, 1])
+            b.replica.layers.add(layer=1, experts=[1, 2])
+            async with announced(address, a):
+                async with announced(address, b):
+                    while len((await asyncio.to_thread(list_table, address)).replicas) < 2:
+                        await asyncio.sleep(0.02)
+                    assert await want(address, 1, [0, 1, 2]) == []
+                assert await want(address, 1, [1, 2]) == ["gb"]
+                assert await want(address, 1, [0]) == await want(address, 2, [1]) == await want(address, 1, [7]) == []
+                a.replica.state = expert_pb2.REPLICA_STATE_DRAINING
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(30):
+                        while await want(address, 1, [0]) != ["ga"]:
+                            await asyncio.sleep(0.05)
+                assert await want(address, 1, [0]) == ["ga"], "one that drains takes no rows"
 
     run(test)
 

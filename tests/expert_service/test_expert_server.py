@@ -470,3 +470,37 @@ def test_expert_rows_are_counted_for_scaling(artifact: Path, transport: str) -> 
     with serve_replica(group_args(artifact, "g", "0-3", transport=transport)) as replica:
         asyncio.run(test(replica))
         assert replica.expert_rows() == {1: [0, 2, 2, 2, 0, 0], 3: [0] * 4}
+
+
+class Stuck(Executor):
+    """Computes nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.began, self.let_go = threading.Event(), threading.Event()
+
+    def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        self.began.set()
+        assert self.let_go.wait(60)
+        return hidden_states
+
+
+def test_the_queue_wait_of_a_replica_that_hangs_grows(artifact: Path, transport: str) -> None:
+    async def test(replica: Replica, stuck: Stuck) -> None:
+        assert replica.queue_wait() == (0, 0)
+        async with stub_of(replica.address) as stub:
+            call = stub.Dispatch(metadata=FINGERPRINT)
+            await call.write(request(1))
+            await asyncio.to_thread(stuck.began.wait)
+            await call.write(request(2))
+            async with asyncio.timeout(60):
+                while replica.queue_wait()[1] < 1_500_000:
+                    await asyncio.sleep(0.05)
+            assert replica.entry().queue_wait.p50_us >= 1_500_000 and replica.load().queued_rows == 3
+            stuck.let_go.set()
+            async with asyncio.timeout(60):
+                assert {(await call.read()).id for _ in range(2)} == {1, 2}
+        assert replica.queue_wait()[1] >= 1_500_000 * 15 / 16, "taken a moment ago, after so long"
+
+    with serve_replica(group_args(artifact, "g", "0-3", transport=transport)) as replica:
+        replica.endpoint.executor = stuck = Stuck()
+        asyncio.run(test(replica, stuck))

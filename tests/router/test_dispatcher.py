@@ -10,7 +10,8 @@ import torch
 
 from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.scatter import ReplicaBatch
-from router_service.dispatcher import Dispatcher, DispatchRefused, ExpertsUnavailable
+from router_service.dispatcher import Dispatcher
+from router_service.recovery import DispatchRefused, ExpertsUnavailable
 from router_service.replicas import LiveReplica, LiveReplicas
 from router_service.transport.base import Answer
 from router_service.transport.in_process import InProcessTransport, Replica

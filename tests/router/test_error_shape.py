@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 
-from router_service.error_shape import openai_error
+from router_service.error_shape import ErrorShape, openai_error
 
 TOO_LONG = (
     "Message: This model's maximum context length is 512 tokens. (Request ID: 1f-2), Internal exception: "
@@ -36,3 +38,18 @@ def test_one_line_in_openai_s_shape(status: int, body: object, message: str, kin
 def test_text_that_is_no_json() -> None:
     assert openai_error(502, b"bad\ngateway")["error"]["message"] == "bad gateway"
     assert openai_error(502, b"")["error"]["message"] == "Bad Gateway"
+
+
+@pytest.mark.parametrize(("status", "retry_after"), [(503, [b"2"]), (500, []), (400, [])])
+def test_who_may_try_again_is_told_when(status: int, retry_after: list[bytes]) -> None:
+    sent: list[Any] = []
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def keep(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(ErrorShape(answer)({"type": "http"}, None, keep))  # type: ignore[arg-type]
+    assert [value for name, value in sent[0]["headers"] if name == b"retry-after"] == retry_after

@@ -17,7 +17,8 @@ from expertmesh.artifact.experts import load_experts
 from expertmesh.artifact.function import expert_forward
 from expertmesh.artifact.manifest import MANIFEST_FILE, read_manifest
 from expertmesh.artifact.prepare import prepare
-from router_service.dispatcher import Dispatcher, ExpertsUnavailable
+from router_service.dispatcher import Dispatcher
+from router_service.recovery import ExpertsUnavailable
 
 LAYER = 0
 TOKENS = 9

@@ -25,7 +25,8 @@ from scripted_replica import (
 from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.choice import choose_replicas
 from router_service.dispatch.scatter import combine, scatter, split, to_pairs
-from router_service.dispatcher import Dispatcher, DispatchRefused
+from router_service.dispatcher import Dispatcher
+from router_service.recovery import DispatchRefused
 from router_service.replicas import LiveReplicas
 from router_service.transport.base import Answer
 from router_service.transport.in_process import InProcessTransport
@@ -346,8 +347,8 @@ def test_closing_ends_a_step_that_waits() -> None:
         made.transport.close()  # type: ignore[attr-defined]
         waiting.join(20)
         assert gathered == [None]
-        _, answers, _ = step.answers()  # type: ignore[union-attr]
-        assert [answer.code for answer in answers] == [pb.CODE_UNAVAILABLE]
+        _, pending, _ = step.parts()  # type: ignore[union-attr]
+        assert [answer.code for answer in pending.wait(0) if answer] == [pb.CODE_UNAVAILABLE]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

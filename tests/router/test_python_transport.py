@@ -145,7 +145,7 @@ def test_closing_ends_a_step_that_waits() -> None:
         batches = scatter(to_pairs(torch.tensor([[0]]), torch.ones(1, 1)), {0: "a"})
         step = made.transport.start(LAYER, torch.ones(1, 8), batches)
         codes: list[int] = []
-        waiting = threading.Thread(target=lambda: codes.extend(answer.code for answer in step.wait()))
+        waiting = threading.Thread(target=lambda: codes.extend(answer.code for answer in step.wait(60) if answer))
         waiting.start()
         assert asked.wait(20)
         assert isinstance(made.transport, GrpcTransport)
@@ -156,7 +156,7 @@ def test_closing_ends_a_step_that_waits() -> None:
 
 def test_nothing_to_send_is_answered_with_nothing() -> None:
     with dispatching(ScriptedReplica("a", EVERY)) as made:
-        assert made.transport.start(LAYER, torch.ones(1, 8), []).wait() == []
+        assert made.transport.start(LAYER, torch.ones(1, 8), []).wait(60) == []
 
 
 def test_a_loop_that_is_borrowed_runs_in_the_borrower_s_thread_and_returns_to_its_own() -> None:

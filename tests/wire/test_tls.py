@@ -22,7 +22,8 @@ from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc
 from expertmesh.wire.tls import TlsFiles
 from router_service.connection import RouterSettings, open_transport
-from router_service.dispatcher import Dispatcher, ExpertsUnavailable
+from router_service.dispatcher import Dispatcher
+from router_service.recovery import ExpertsUnavailable
 from router_service.replicas import LiveReplicas
 
 

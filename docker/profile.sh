@@ -1,0 +1,2 @@
+# sourced by login shells
+PATH=/opt/expertmesh/bin:$PATH

@@ -1,0 +1,49 @@
+"""A plan for observed loads, beside what the groups that run make of them."""
+
+from __future__ import annotations
+
+import numpy
+
+from expertmesh.artifact.manifest import Manifest
+from expertmesh.config import ClusterConfig
+from expertmesh.placement.capacity import Capacity, assumed_capacity, modelled_capacity
+from expertmesh.placement.division import evaluate
+from expertmesh.placement.groups import held_by
+from expertmesh.placement.loads import check_loads, observed_loads
+from expertmesh.placement.make import Bounds, propose
+from expertmesh.placement.planner import Aims, cost
+from expertmesh.rebalance.watch import Planned
+from expertmesh.v1 import directory_pb2
+
+BATCH_ROWS = 256
+"""Of an emulated device, by which its capacity is modelled."""
+
+
+def plan_for(
+    reply: directory_pb2.ExpertLoadReply, config: ClusterConfig, manifest: Manifest, observed: Capacity | None = None
+) -> Planned:
+    """`observed` is what one replica was seen to sustain, where that is known.
+
+    Raises ClusterError where there are no loads yet, ConfigError where they are of another model or there is no plan.
+    """
+    loads = observed_loads(reply, manifest)
+    check_loads(loads, manifest, "directory")
+    target = config.scaling.target_busy
+    device = next((group.emulated for group in config.groups if group.emulated), None)
+    if observed is None and device is not None:
+        observed = modelled_capacity(device, manifest, BATCH_ROWS)
+    capacity = observed or assumed_capacity(loads, target, config.groups)
+    memory_gib = max((group.memory_gib for group in config.groups if group.memory_gib), default=None)
+    aims = Aims(capacity.rows_per_s, target, memory_gib=memory_gib)
+    plan = propose(manifest, loads, aims, Bounds(), config.groups).plan
+    rates = numpy.nan_to_num(loads.array(manifest))
+    now, planned = (
+        evaluate(held_by(groups, manifest), rates, aims.capacity) for groups in (config.groups, plan.groups)
+    )
+    return Planned(
+        plan,
+        cost_now=cost(now, aims.capacity),
+        cost_planned=cost(planned, aims.capacity),
+        balancedness_now=float(now.balancedness.mean()),
+        balancedness_planned=float(planned.balancedness.mean()),
+    )

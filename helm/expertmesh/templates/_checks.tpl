@@ -1,0 +1,175 @@
+{{/* What the schema cannot say: one clear line each. */}}
+
+{{- define "expertmesh.checks" -}}
+{{- include "expertmesh.checkNames" . -}}
+{{- include "expertmesh.checkCluster" . -}}
+{{- include "expertmesh.checkPools" . -}}
+{{- include "expertmesh.checkGroups" . -}}
+{{- include "expertmesh.checkSecrets" . -}}
+{{- include "expertmesh.checkKinds" . -}}
+{{- end -}}
+
+{{- define "expertmesh.checkNames" -}}
+{{- $name := include "expertmesh.fullname" . -}}
+{{- if gt (len $name) 47 -}}
+{{- fail (printf "fullnameOverride: the RayService would be named %q, %d characters; KubeRay takes 47 at most" $name (len $name)) -}}
+{{- end -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "fullnameOverride: the RayService would be named %q; KubeRay takes small letters, digits and -, a letter first" $name) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.checkCluster" -}}
+{{- $cluster := .Values.cluster -}}
+{{- if not $cluster.model.name -}}
+{{- fail "cluster.model.name: the name of the model in the OpenAI API is missing" -}}
+{{- end -}}
+{{- if not (hasPrefix (printf "%s/" .Values.model.mountPath) $cluster.model.artifact) -}}
+{{- fail (printf "cluster.model.artifact: %s is not on the model volume, which is mounted at %s" $cluster.model.artifact .Values.model.mountPath) -}}
+{{- end -}}
+{{- if not $cluster.groups -}}
+{{- fail "cluster.groups: has no group of experts" -}}
+{{- end -}}
+{{- $ports := $cluster.server.replica_ports -}}
+{{- if gt (int64 (index $ports 0)) (int64 (index $ports 1)) -}}
+{{- fail (printf "cluster.server.replica_ports: %v does not ascend" $ports) -}}
+{{- end -}}
+{{- range $key := list "http_port" "grpc_port" -}}
+{{- $port := int64 (get $cluster.server $key) -}}
+{{- if and (ge $port (int64 (index $ports 0))) (le $port (int64 (index $ports 1))) -}}
+{{- fail (printf "cluster.server.%s: %d lies within replica_ports" $key $port) -}}
+{{- end -}}
+{{- range $what, $taken := include "expertmesh.rayPorts" $ | fromJson -}}
+{{- if eq $port (int64 $taken) -}}
+{{- fail (printf "cluster.server.%s: %d is Ray's own (%s)" $key $port $what) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if eq (int64 $cluster.server.http_port) (int64 $cluster.server.grpc_port) -}}
+{{- fail (printf "cluster.server: http_port and grpc_port are both %d" (int64 $cluster.server.http_port)) -}}
+{{- end -}}
+{{- include "expertmesh.checkBounds" (list "cluster.engine" (int64 $cluster.engine.min_replicas) (int64 $cluster.engine.max_replicas) "_replicas") -}}
+{{- $pods := .Values.pods -}}
+{{- if le (int64 $pods.terminationGracePeriodSeconds) (add (int64 $pods.preStopSeconds) (int64 $pods.drainSeconds)) -}}
+{{- fail (printf "pods.terminationGracePeriodSeconds: %d is no more than preStopSeconds and drainSeconds together" (int64 $pods.terminationGracePeriodSeconds)) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Takes (where, low, high, suffix of the keys). */}}
+{{- define "expertmesh.checkBounds" -}}
+{{- if gt (index . 1) (index . 2) -}}
+{{- fail (printf "%s: max%s %d < min%s %d" (index . 0) (index . 3) (index . 2) (index . 3) (index . 1)) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.checkPools" -}}
+{{- $seen := dict "router" true "headgroup" true -}}
+{{- range $index, $pool := .Values.expertPools -}}
+{{- if hasKey $seen $pool.name -}}
+{{- fail (printf "expertPools[%d].name: %q stands twice, or is the name of Ray's head or of the router pool" $index $pool.name) -}}
+{{- end -}}
+{{- $_ := set $seen $pool.name true -}}
+{{- include "expertmesh.checkBounds" (list (printf "expertPools[%d]" $index) (int64 $pool.minReplicas) (int64 $pool.maxReplicas) "Replicas") -}}
+{{- end -}}
+{{- include "expertmesh.checkBounds" (list "router" (int64 .Values.router.minReplicas) (int64 .Values.router.maxReplicas) "Replicas") -}}
+{{- range $name, $amount := .Values.cluster.engine.resources -}}
+{{- if ne $name "router" -}}
+{{- fail (printf "cluster.engine.resources: routers run in the pool router, not in %q" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- if not (hasKey .Values.cluster.engine.resources "router") -}}
+{{- fail "cluster.engine.resources: {router: 1} is missing, by which routers find their pool" -}}
+{{- end -}}
+{{- include "expertmesh.checkRoom" (list "cluster.engine" "router" .Values.cluster.engine .Values.router 1.0) -}}
+{{- end -}}
+
+{{- define "expertmesh.checkGroups" -}}
+{{- $pools := dict -}}
+{{- range .Values.expertPools -}}
+{{- $_ := set $pools .name . -}}
+{{- end -}}
+{{- $seen := dict -}}
+{{- $defaults := include "expertmesh.defaults" . | fromJson -}}
+{{- range $index, $given := .Values.cluster.groups -}}
+{{- $where := printf "cluster.groups[%d]" $index -}}
+{{- $group := include "expertmesh.over" (list $defaults.group $given) | fromJson -}}
+{{- if hasKey $seen $group.name -}}
+{{- fail (printf "%s.name: %q stands twice" $where $group.name) -}}
+{{- end -}}
+{{- $_ := set $seen $group.name true -}}
+{{- include "expertmesh.checkBounds" (list $where (int64 $group.min_replicas) (int64 $group.max_replicas) "_replicas") -}}
+{{- if and $group.emulated (gt (float64 $group.num_gpus) 0.0) -}}
+{{- fail (printf "%s: emulated is for CPUs, num_gpus is %v" $where $group.num_gpus) -}}
+{{- end -}}
+{{- range $name, $amount := $group.resources -}}
+{{- if not (hasKey $pools $name) -}}
+{{- fail (printf "%s.resources: there is no pool %q; expertPools has: %s" $where $name (keys $pools | sortAlpha | join ", " | default "none")) -}}
+{{- end -}}
+{{- include "expertmesh.checkRoom" (list $where $name $group (get $pools $name) 0.0) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Takes (where, name of the pool, what runs there, the pool, more CPUs that it takes). */}}
+{{- define "expertmesh.checkRoom" -}}
+{{- $where := index . 0 -}}
+{{- $name := index . 1 -}}
+{{- $what := index . 2 -}}
+{{- $pool := index . 3 -}}
+{{- $cpus := addf (float64 ($what.num_cpus | default 1)) (index . 4) -}}
+{{- $has := include "expertmesh.podCpus" $pool | float64 -}}
+{{- if gt $cpus $has -}}
+{{- fail (printf "%s: takes %v CPUs, a pod of pool %s requests %v" $where $cpus $name $has) -}}
+{{- end -}}
+{{- $gpus := float64 (dig "gpu" "count" 0 $pool) -}}
+{{- if gt (float64 ($what.num_gpus | default 0)) $gpus -}}
+{{- fail (printf "%s: takes %v GPUs, a pod of pool %s has %v" $where $what.num_gpus $name $gpus) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* As Ray counts them: requests, or limits where there are some, rounded up. */}}
+{{- define "expertmesh.podCpus" -}}
+{{- $cpu := toString (coalesce .resources.limits.cpu .resources.requests.cpu 0) -}}
+{{- if hasSuffix "m" $cpu -}}
+{{- ceil (divf (float64 (trimSuffix "m" $cpu)) 1000.0) -}}
+{{- else -}}
+{{- ceil (float64 $cpu) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.checkSecrets" -}}
+{{- if and (eq .Values.tls.mode "existing") (not .Values.tls.existingSecret) -}}
+{{- fail "tls.existingSecret: tls.mode is existing, but no Secret is named" -}}
+{{- end -}}
+{{- if and .Values.model.prepare.enabled (not .Values.model.prepare.source) -}}
+{{- fail "model.prepare.source: the checkpoint is missing; name it, or switch model.prepare.enabled off where the artifact exists" -}}
+{{- end -}}
+{{- range $key := list "source" "download" -}}
+{{- $path := get $.Values.model.prepare $key -}}
+{{- if and $.Values.model.prepare.enabled (hasPrefix "/" $path) (not (hasPrefix (printf "%s/" $.Values.model.mountPath) $path)) -}}
+{{- fail (printf "model.prepare.%s: %s is not on the model volume, which is mounted at %s" $key $path $.Values.model.mountPath) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
+{{- fail "ingress.host: the host name is missing" -}}
+{{- end -}}
+{{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
+{{- fail "httpRoute.parentRefs: no Gateway is named" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.checkKinds" -}}
+{{- if and .Values.ray.requireKubeRay (not (.Capabilities.APIVersions.Has "ray.io/v1/RayService")) -}}
+{{- fail "the cluster has no kind RayService of ray.io/v1: install the KubeRay operator (1.6 or newer) first; offline, pass --api-versions ray.io/v1/RayService or set ray.requireKubeRay=false" -}}
+{{- end -}}
+{{- $kinds := list
+  (list (eq .Values.tls.mode "certManager") "cert-manager.io/v1/Certificate" "tls.mode: certManager")
+  (list .Values.httpRoute.enabled "gateway.networking.k8s.io/v1/HTTPRoute" "httpRoute.enabled")
+  (list .Values.monitoring.podMonitor.enabled "monitoring.coreos.com/v1/PodMonitor" "monitoring.podMonitor.enabled")
+  (list .Values.monitoring.rules.enabled "monitoring.coreos.com/v1/PrometheusRule" "monitoring.rules.enabled") -}}
+{{- range $kinds -}}
+{{- if and (index . 0) $.Values.ray.requireKubeRay (not ($.Capabilities.APIVersions.Has (index . 1))) -}}
+{{- fail (printf "%s: the cluster has no kind %s" (index . 2) (index . 1)) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

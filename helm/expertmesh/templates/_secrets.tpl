@@ -1,0 +1,17 @@
+{{/* Takes (root, name of a Secret, key): what it holds already, in base64; else nothing. What the chart generates stays
+as it is when a release is upgraded. `helm template` cannot look: what it renders is new each time. */}}
+{{- define "expertmesh.kept" -}}
+{{- $root := index . 0 -}}
+{{- $found := lookup "v1" "Secret" $root.Release.Namespace (index . 1) -}}
+{{- get ($found.data | default dict) (index . 2) -}}
+{{- end -}}
+
+{{- define "expertmesh.secretHead" -}}
+apiVersion: v1
+kind: Secret
+metadata:
+  name: {{ index . 1 }}
+  namespace: {{ (index . 0).Release.Namespace }}
+  labels:
+    {{- include "expertmesh.chartLabels" (index . 0) | nindent 4 }}
+{{- end -}}

@@ -1,0 +1,179 @@
+"""What is wrong in values is refused before anything is installed, and the message names the key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_serve_config import merged
+
+from tools.chart.helm import CHART, HelmError, helm, template
+
+CPU = CHART / "ci" / "cpu-values.yaml"
+GPU = CHART / "ci" / "gpu-values.yaml"
+FREE = ("nodeSelector", "labels", "Labels", "annotations", "Annotations", "kwargs", "experts", "matchLabels")
+"""Maps whose keys are the user's."""
+
+
+def objects_of(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Paths of all maps whose keys the schema knows."""
+    if isinstance(node, dict):
+        if not has_free_keys(path):
+            yield path
+        for key, child in node.items():
+            yield from objects_of(child, (*path, key))
+    elif isinstance(node, list):
+        for number, child in enumerate(node):
+            yield from objects_of(child, (*path, number))
+
+
+def has_free_keys(path: tuple[str | int, ...]) -> bool:
+    """Ray's custom resources, by which groups and engine name pools, are free too; a pod's resources are not."""
+    names_pools = path[-1:] == ("resources",) and path[:1] == ("cluster",)
+    return names_pools or bool(path and str(path[-1]).endswith(FREE))
+
+
+def at(values: Any, path: tuple[str | int, ...]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
+
+
+def write(folder: Path, values: Mapping[str, Any]) -> Path:
+    file = folder / "values.yaml"
+    file.write_text(yaml.safe_dump(dict(values)))
+    return file
+
+
+CLOSED = list(objects_of(merged(GPU)))
+
+
+def test_a_typo_in_any_object_is_refused(tmp_path: Path) -> None:
+    """One run of Helm with a foreign key in every object: each of them is named."""
+    values = merged(GPU)
+    for path in sorted(CLOSED, key=len, reverse=True):
+        at(values, path)["typo"] = 1
+    with pytest.raises(HelmError) as caught:
+        template(write(tmp_path, values))
+    said = str(caught.value)
+    missing = [path for path in CLOSED if f"at '/{'/'.join(map(str, path))}'" not in said.replace("at ''", "at '/'")]
+    assert missing == []
+    assert len(CLOSED) > 70
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("cluster", "groups", 0, "max_replica"), 3),
+        (("cluster", "groups", 0, "min_replicas"), -1),
+        (("cluster", "groups", 0, "name"), "Not_A_Name"),
+        (("cluster", "groups", 0, "num_gpus"), "one"),
+        (("cluster", "engine", "dtype"), "int8"),
+        (("cluster", "scaling", "target_busy"), 1.5),
+        (("cluster", "server", "http_port"), 70000),
+        (("router", "gpu", "count"), 65),
+        (("router", "affinity", "nodeAffinty"), {}),
+        (("expertPools", 0, "minReplicas"), "two"),
+        (("head", "resources", "requests", "memory"), "8 GB"),
+        (("image", "digest"), "sha256:12"),
+        (("tls", "mode"), "on"),
+        (("model", "prepare", "source"), "models/relative"),
+        (("networkPolicy", "apiServerNetworks", 0), "everywhere"),
+    ],
+    ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else "",
+)
+def test_lint_and_template_name_the_key(tmp_path: Path, path: tuple[str | int, ...], value: object) -> None:
+    values = merged(CPU)
+    at(values, path[:-1])[path[-1]] = value
+    file = write(tmp_path, values)
+    named = f"/{'/'.join(map(str, path if known(path) else path[:-1]))}'"
+    for command in (
+        ("lint", "--strict", str(CHART), "-f", str(file)),
+        ("template", "demo", str(CHART), "-f", str(file)),
+    ):
+        with pytest.raises(HelmError) as caught:
+            helm(*command)
+        assert named in str(caught.value)
+        assert str(path[-1]) in str(caught.value)
+
+
+def known(path: tuple[str | int, ...]) -> bool:
+    """Whether the schema knows the key, so that only its value is wrong."""
+    return path[-1] not in ("max_replica", "nodeAffinty")
+
+
+GROUP = "cluster.groups[0]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({f"{GROUP}.min_replicas": "3"}, "cluster.groups[0]: max_replicas 2 < min_replicas 3"),
+        ({"cluster.groups[1].name": "a"}, 'cluster.groups[1].name: "a" stands twice'),
+        (
+            {f"{GROUP}.resources.gpus": "1"},
+            'cluster.groups[0].resources: there is no pool "gpus"; expertPools has: experts',
+        ),
+        ({f"{GROUP}.num_cpus": "5"}, "cluster.groups[0]: takes 5 CPUs, a pod of pool experts requests 4"),
+        ({f"{GROUP}.num_gpus": "1"}, "cluster.groups[0]: takes 1 GPUs, a pod of pool experts has 0"),
+        ({"cluster.engine.min_replicas": "2"}, "cluster.engine: max_replicas 1 < min_replicas 2"),
+        ({"cluster.engine.num_cpus": "3"}, "cluster.engine: takes 4 CPUs, a pod of pool router requests 3"),
+        ({"cluster.engine.resources.experts": "1"}, 'routers run in the pool router, not in "experts"'),
+        ({"cluster.model.name": ""}, "cluster.model.name: the name of the model in the OpenAI API is missing"),
+        ({"cluster.model.artifact": "/data/a"}, "cluster.model.artifact: /data/a is not on the model volume"),
+        ({"cluster.server.grpc_port": "8000"}, "cluster.server: http_port and grpc_port are both 8000"),
+        ({"cluster.server.grpc_port": "50052"}, "cluster.server.grpc_port: 50052 lies within replica_ports"),
+        ({"cluster.server.http_port": "8265"}, "cluster.server.http_port: 8265 is Ray's own (dashboard)"),
+        (
+            {"cluster.server.replica_ports": "{60000,50114}"},
+            "cluster.server.replica_ports: [60000 50114] does not ascend",
+        ),
+        ({"expertPools[0].name": "router"}, 'expertPools[0].name: "router" stands twice'),
+        ({"expertPools[0].minReplicas": "4"}, "expertPools[0]: maxReplicas 3 < minReplicas 4"),
+        ({"pods.drainSeconds": "200"}, "pods.terminationGracePeriodSeconds: 120 is no more than"),
+        ({"tls.mode": "existing"}, "tls.existingSecret: tls.mode is existing, but no Secret is named"),
+        ({"model.prepare.source": ""}, "model.prepare.source: the checkpoint is missing"),
+        ({"model.prepare.source": "/elsewhere/m"}, "model.prepare.source: /elsewhere/m is not on the model volume"),
+        ({"ingress.enabled": "true"}, "ingress.host: the host name is missing"),
+        ({"httpRoute.enabled": "true"}, "httpRoute.parentRefs: no Gateway is named"),
+    ],
+    ids=lambda part: next(iter(part)) if isinstance(part, dict) else "",
+)
+def test_what_the_schema_cannot_say(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(HelmError) as caught:
+        template(CPU, settings=settings)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("release", ["x" * 40, "1st"])
+def test_names_that_kuberay_refuses(release: str) -> None:
+    with pytest.raises(HelmError, match="fullnameOverride: the RayService would be named"):
+        template(CPU, release=release)
+
+
+def test_without_kuberay() -> None:
+    with pytest.raises(HelmError, match=r"no kind RayService of ray\.io/v1: install the KubeRay operator"):
+        template(CPU, api_versions=())
+    assert "kind: RayService" in template(CPU, api_versions=(), settings={"ray.requireKubeRay": "false"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind"),
+    [
+        ("monitoring.podMonitor.enabled=true", "PodMonitor"),
+        ("monitoring.rules.enabled=true", "PrometheusRule"),
+        ("tls.mode=certManager", "Certificate"),
+    ],
+)
+def test_without_an_operator(setting: str, kind: str) -> None:
+    key, _, value = setting.partition("=")
+    with pytest.raises(HelmError, match=f"the cluster has no kind .*/{kind}"):
+        template(CPU, settings={key: value}, api_versions=("ray.io/v1/RayService",))
+
+
+def test_too_old_a_cluster() -> None:
+    with pytest.raises(HelmError, match="requires kubeVersion"):
+        template(CPU, kube_version="1.26.9")

@@ -1,0 +1,260 @@
+"""A release on a real API server with KubeRay's CRDs: install, upgrade, roll back, uninstall, and who may do what."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography import x509
+from kubernetes_testbed import ApiServer, tool
+
+from expertmesh.api_keys import admits, parse
+from tools.chart.helm import CHART
+
+pytestmark = pytest.mark.kubernetes
+
+CPU = CHART / "ci" / "cpu-values.yaml"
+NAME = "demo-expertmesh"
+OLD_SERVER = ("--set", "podDisruptionBudget.enabled=false")
+"""The API server is of Kubernetes 1.20: it has no policy/v1, and ports of its network policies have no `endPort`."""
+Get = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chart without its demand for Kubernetes 1.27, and what of it such a server does not know."""
+    copy = tmp_path_factory.mktemp("chart") / "expertmesh"
+    shutil.copytree(CHART, copy)
+    description = (copy / "Chart.yaml").read_text()
+    (copy / "Chart.yaml").write_text(re.sub(r"(?m)^kubeVersion: .*\n", "", description))
+    policies = copy / "templates" / "networkpolicies.yaml"
+    policies.write_text(re.sub(r", endPort: \{\{.*?\}\}", "", policies.read_text()))
+    return copy
+
+
+class Release:
+    """Helm's commands on one release in one namespace."""
+
+    def __init__(self, server: ApiServer, namespace: str, chart: Path) -> None:
+        self.server, self.namespace, self.chart = server, namespace, chart
+
+    def install(self, *arguments: str) -> str:
+        return self._apply("install", *arguments)
+
+    def upgrade(self, *arguments: str) -> str:
+        return self._apply("upgrade", *arguments)
+
+    def _apply(self, verb: str, *arguments: str) -> str:
+        command = (verb, "demo", str(self.chart), "-n", self.namespace, "-f", str(CPU), *OLD_SERVER, *arguments)
+        return self.server.helm(*command)
+
+    def helm(self, verb: str, *arguments: str) -> str:
+        return self.server.helm(verb, "demo", *arguments, "-n", self.namespace)
+
+    def manifest(self) -> str:
+        return self.server.helm("get", "manifest", "demo", "-n", self.namespace)
+
+    def get(self, kind: str, name: str) -> Any:
+        return json.loads(self.server.kubectl("get", kind, name, "-n", self.namespace, "-o", "json"))
+
+    def names(self, kind: str) -> list[str]:
+        listed = json.loads(self.server.kubectl("get", kind, "-n", self.namespace, "-o", "json"))["items"]
+        return [one["metadata"]["name"] for one in listed]
+
+
+@pytest.fixture
+def release(api_server: ApiServer, namespace: str, chart: Path) -> Release:
+    return Release(api_server, namespace, chart)
+
+
+def test_install_upgrade_roll_back_uninstall(release: Release) -> None:
+    said = release.install()
+    assert "helm -n" in said
+    first = release.get("rayservice", NAME)
+    assert yaml.safe_load(first["spec"]["serveConfigV2"])["applications"]
+    secrets = {name: release.get("secret", f"{NAME}-{name}")["data"] for name in ("ray-auth", "api-keys", "tls")}
+    before = release.manifest()
+
+    release.upgrade("--set", "cluster.groups[0].max_replicas=5")
+    second = release.get("rayservice", NAME)
+    assert {name: release.get("secret", f"{NAME}-{name}")["data"] for name in secrets} == secrets
+    assert changed_lines(before, release.manifest()) == ["-          max_replicas: 2", "+          max_replicas: 5"]
+    assert without_serve_config(first) == without_serve_config(second)
+
+    release.helm("rollback", "1")
+    assert release.get("rayservice", NAME)["spec"] == first["spec"]
+    assert release.manifest() == before
+
+    release.helm("uninstall")
+    kinds = ("rayservice", "role", "rolebinding", "networkpolicy", "job")
+    assert {kind: release.names(kind) for kind in kinds} == {kind: [] for kind in kinds}
+    assert release.names("pvc") == [f"{NAME}-model"], "the model stays"
+    release.install()
+
+
+def changed_lines(before: str, after: str) -> list[str]:
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def without_serve_config(service: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in service["spec"].items() if key != "serveConfigV2"}
+
+
+def test_an_appended_pool_is_appended(release: Release) -> None:
+    release.install()
+    before = release.get("rayservice", NAME)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    pool = "expertPools[1]"
+    amounts = f"{pool}.resources.requests.cpu=2,{pool}.resources.limits.memory=4Gi"
+    release.upgrade("--set", f"{pool}.name=more,{pool}.minReplicas=0,{pool}.maxReplicas=2,{amounts}")
+    after = release.get("rayservice", NAME)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert after[: len(before)] == before
+    assert [group["groupName"] for group in after] == ["router", "experts", "more"]
+
+
+def test_a_typo_is_refused_and_nothing_is_installed(release: Release) -> None:
+    command = ["install", "demo", release.chart, "-n", release.namespace, "-f", CPU, *OLD_SERVER]
+    command += ["--set", "cluster.groups[0].max_replica=3"]
+    done = subprocess.run(
+        [tool("helm"), *command],
+        capture_output=True,
+        text=True,
+        env=release.server.environment,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "at '/cluster/groups/0': additional properties 'max_replica' not allowed" in done.stderr
+    assert release.server.helm("list", "-n", release.namespace, "-q").strip() == ""
+    assert release.names("rayservice") == []
+
+
+def test_generated_secrets_hold_what_is_needed(release: Release) -> None:
+    release.install()
+    held = release.get("secret", f"{NAME}-api-keys")["data"]
+    key, lines = (base64.b64decode(held[name]) for name in ("api-key", "keys"))
+    (known,) = parse(lines.decode(), "keys")
+    assert admits(key, [known.sha256])
+    tls = {name: base64.b64decode(text) for name, text in release.get("secret", f"{NAME}-tls")["data"].items()}
+    authority, certificate = (x509.load_pem_x509_certificate(tls[name]) for name in ("ca.crt", "tls.crt"))
+    certificate.verify_directly_issued_by(authority)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == [f"{NAME}-experts"]
+    assert len(base64.b64decode(release.get("secret", f"{NAME}-ray-auth")["data"]["auth_token"])) == 64
+
+
+ALL = ("create", "get", "list", "watch", "update", "patch", "delete", "deletecollection")
+RESOURCES = (
+    "pods",
+    "pods/log",
+    "pods/exec",
+    "pods/eviction",
+    "secrets",
+    "configmaps",
+    "services",
+    "persistentvolumeclaims",
+    "serviceaccounts",
+    "events",
+    "deployments.apps",
+    "jobs.batch",
+    "roles.rbac.authorization.k8s.io",
+    "rolebindings.rbac.authorization.k8s.io",
+    "networkpolicies.networking.k8s.io",
+    "rayclusters.ray.io",
+    "rayservices.ray.io",
+    "leases.coordination.k8s.io",
+)
+CLUSTER_WIDE = (
+    "nodes",
+    "namespaces",
+    "clusterroles.rbac.authorization.k8s.io",
+    "customresourcedefinitions.apiextensions.k8s.io",
+)
+MAY = {
+    f"{NAME}-head": {
+        "pods": {"get", "list", "watch"},
+        "rayclusters.ray.io": {"get", "patch"},
+    },
+    f"{NAME}-worker": {},
+    f"{NAME}-rebalancer": {
+        f"rayservices.ray.io/{NAME}": {"get", "list", "watch", "patch"},
+        "leases.coordination.k8s.io": {"create"},
+        f"leases.coordination.k8s.io/{NAME}-rebalancer": {"get", "update"},
+    },
+}
+
+
+def test_accounts_may_do_what_they_need_and_nothing_more(release: Release) -> None:
+    """Every verb on every kind that matters, here, in another namespace and cluster-wide."""
+    release.install("--set", "rebalancer.enabled=true")
+    asked = 0
+    for account, may in MAY.items():
+        named = {resource for resource in may if "/" in resource.removeprefix("pods/")}
+        for resource in (*RESOURCES, *named):
+            allowed = {verb for verb in ALL if can(release, account, verb, resource, release.namespace)}
+            asked += len(ALL)
+            wanted = set(may.get(resource, ()))
+            if resource in named:
+                wanted |= set(may.get(resource.rpartition("/")[0], ()))
+            assert allowed == wanted, f"{account}: {resource}"
+        for resource in RESOURCES:
+            assert not any(
+                can(release, account, verb, resource, "default") for verb in ("get", "list", "create", "patch")
+            )
+        for resource in CLUSTER_WIDE:
+            assert not any(can(release, account, verb, resource, "") for verb in ("get", "list", "create", "patch"))
+    assert asked > 400
+
+
+def can(release: Release, account: str, verb: str, resource: str, namespace: str) -> bool:
+    """What `kubectl auth can-i` asks, in one request each."""
+    plural, _, rest = resource.partition("/")
+    plural, _, group = plural.partition(".")
+    attributes = {"verb": verb, "resource": plural, "group": group, "namespace": namespace}
+    if rest:
+        attributes |= {"subresource": rest} if plural == "pods" else {"name": rest}
+    user = f"system:serviceaccount:{release.namespace}:{account}"
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{release.namespace}", "system:authenticated"]
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SubjectAccessReview",
+        "spec": {"user": user, "groups": groups, "resourceAttributes": attributes},
+    }
+    return bool(ask(release.server, review)["status"]["allowed"])
+
+
+def ask(server: ApiServer, review: dict[str, Any]) -> Any:
+    import httpx
+
+    config = yaml.safe_load(server.kubeconfig.read_text())
+    token = next(user["user"]["token"] for user in config["users"] if user["name"] == "admin")
+    headers = {"Authorization": f"Bearer {token}"}
+    url = f"{server.url}/apis/authorization.k8s.io/v1/subjectaccessreviews"
+    answer = httpx.post(url, json=review, headers=headers, verify=False, trust_env=False)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def test_kubectl_agrees(release: Release) -> None:
+    release.install()
+    head = f"system:serviceaccount:{release.namespace}:{NAME}-head"
+    command = ["auth", "can-i", "patch", "rayclusters.ray.io", "-n", release.namespace, "--as", head]
+    assert release.server.kubectl(*command).strip() == "yes"
+    done = subprocess.run(
+        [tool("kubectl"), "auth", "can-i", "get", "secrets", "-n", release.namespace, "--as", head],
+        capture_output=True,
+        text=True,
+        env=release.server.environment,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.strip() == "no"

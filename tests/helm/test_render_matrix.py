@@ -1,0 +1,150 @@
+"""All that the chart can render, checked against the schemas of Kubernetes 1.27 to 1.37 and KubeRay's CRD."""
+
+from __future__ import annotations
+
+import itertools
+import tarfile
+from pathlib import Path
+
+import pytest
+from chart_schemas import CHECKED, VERSIONS, check
+from test_upgrades import pods_of
+
+from tools.chart.helm import API_VERSIONS, CHART, HelmError, Manifest, helm, objects, template, values_files
+
+pytestmark = pytest.mark.kubernetes
+
+CPU = CHART / "ci" / "cpu-values.yaml"
+SWITCHES = {
+    "tls.mode": ("off", "generated", "certManager"),
+    "apiKeys.enabled": ("true", "false"),
+    "networkPolicy.enabled": ("true", "false"),
+    "podDisruptionBudget.enabled": ("true", "false"),
+    "serviceAccount.create": ("true", "false"),
+    "model.prepare.enabled": ("true", "false"),
+    "model.prepare.source": ("/models/checkpoint", "s3://bucket/checkpoint"),
+    "model.existingClaim": ("", "shared"),
+    "ray.authSecret": ("", "auth"),
+    "ingress.enabled": ("true", "false"),
+    "monitoring.podMonitor.enabled": ("true", "false"),
+    "monitoring.rules.enabled": ("true", "false"),
+    "monitoring.dashboards.enabled": ("true", "false"),
+    "rebalancer.enabled": ("true", "false"),
+}
+FIXED = {"ingress.host": "mesh.example.com"}
+KINDS = {
+    "ConfigMap",
+    "Deployment",
+    "Job",
+    "NetworkPolicy",
+    "PersistentVolumeClaim",
+    "Pod",
+    "PodDisruptionBudget",
+    "RayService",
+    "Role",
+    "RoleBinding",
+    "Secret",
+    "ServiceAccount",
+}
+
+
+def pairs() -> list[dict[str, str]]:
+    """Settings in which any two switches meet in all their positions (greedily chosen, much fewer than all)."""
+    waiting = {
+        frozenset({(one, a), (two, b)})
+        for one, two in itertools.combinations(SWITCHES, 2)
+        for a in SWITCHES[one]
+        for b in SWITCHES[two]
+    }
+    chosen: list[dict[str, str]] = []
+    while waiting:
+        settings: dict[str, str] = dict(min(waiting, key=sorted))
+        for switch, positions in SWITCHES.items():
+            if switch not in settings:
+                met = {
+                    at: sum(frozenset({(switch, at), pair}) in waiting for pair in settings.items()) for at in positions
+                }
+                settings[switch] = max(positions, key=met.__getitem__)
+        waiting -= {frozenset(pair) for pair in itertools.combinations(settings.items(), 2)}
+        chosen.append(settings)
+    return chosen
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_values_file_on_every_kubernetes(version: str) -> None:
+    seen = set()
+    for file in values_files():
+        rendered = objects(template(file, kube_version=version))
+        check(rendered, version)
+        seen |= {one["kind"] for one in rendered}
+    assert seen >= KINDS
+
+
+def test_switches_in_pairs() -> None:
+    for number, settings in enumerate(pairs()):
+        version = VERSIONS[number % len(VERSIONS)]
+        rendered = objects(template(CPU, settings=FIXED | settings, kube_version=version))
+        check(rendered, version)
+        CHECKED["combinations"] += 1
+        kinds = [one["kind"] for one in rendered]
+        assert ("NetworkPolicy" in kinds) == (settings["networkPolicy.enabled"] == "true")
+        assert ("Job" in kinds) == (settings["model.prepare.enabled"] == "true")
+        assert ("Role" in kinds) == (settings["serviceAccount.create"] == "true")
+        assert ("PersistentVolumeClaim" in kinds) == (not settings["model.existingClaim"])
+        assert_references_exist(rendered)
+
+
+def assert_references_exist(rendered: list[Manifest]) -> None:
+    """What pods mount and name is among the objects, unless a value names it."""
+    made = {(one["kind"], one["metadata"]["name"]) for one in rendered}
+    certificates = {one["spec"]["secretName"] for one in rendered if one["kind"] == "Certificate"}
+    given = {"auth", "shared"}
+    for _, spec in pods_of(rendered):
+        for volume in spec["volumes"]:
+            claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+            secret = volume.get("secret", {}).get("secretName")
+            assert claim is None or claim in given or ("PersistentVolumeClaim", claim) in made
+            assert secret is None or secret in certificates or ("Secret", secret) in made
+
+
+@pytest.mark.parametrize("missing", API_VERSIONS)
+def test_api_versions(missing: str) -> None:
+    """Where a kind is missing, only what needs it is refused."""
+    others = [one for one in API_VERSIONS if one != missing]
+    if missing == "ray.io/v1/RayService":
+        with pytest.raises(HelmError, match="install the KubeRay operator"):
+            template(CPU, api_versions=others)
+        return
+    check(objects(template(CPU, api_versions=others)), VERSIONS[-1])
+    with pytest.raises(HelmError, match=f"the cluster has no kind {missing}"):
+        template(CHART / "ci" / "gpu-values.yaml", api_versions=others)
+
+
+@pytest.mark.parametrize("file", values_files(), ids=lambda file: file.stem)
+def test_lint(file: Path) -> None:
+    helm("lint", "--strict", str(CHART), "--values", str(file))
+
+
+def test_package(tmp_path: Path) -> None:
+    """What a registry would hold: it renders the same, with README and examples and without CI's values."""
+    helm("package", str(CHART), "--destination", str(tmp_path))
+    (package,) = tmp_path.glob("*.tgz")
+    example = CHART / "examples" / "deepseek-v3-32-gpus.yaml"
+    assert template(example, chart=package) == template(example)
+    with tarfile.open(package) as archive:
+        names = {name.removeprefix("expertmesh/") for name in archive.getnames()}
+    assert {"README.md", "values.schema.json", "examples/demo-cpu.yaml", "templates/NOTES.txt"} <= names
+    assert not any(name.startswith(("ci/", "README.head")) for name in names)
+
+
+def test_a_typo_in_a_pod_is_seen() -> None:
+    """The validators themselves refuse what they should."""
+    rendered = objects(template(CPU))
+    (service,) = (one for one in rendered if one["kind"] == "RayService")
+    service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["tolerationz"] = []
+    with pytest.raises(pytest.fail.Exception, match="tolerationz"):
+        check([service], VERSIONS[0])
+    (job,) = (one for one in rendered if one["kind"] == "Job")
+    job["spec"]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Always"
+    with pytest.raises(pytest.fail.Exception, match="imagePulPolicy"):
+        check([job], VERSIONS[0])

@@ -1,0 +1,186 @@
+"""Replicas that are late, hang or answer nonsense, over real streams: the right sums all the same, and soon."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from mesh import TRANSPORTS, running_directory
+from scripted_replica import FINGERPRINT, LAYER, Script, ScriptedReplica, success
+
+from expertmesh.v1 import expert_pb2 as pb
+from expertmesh.wire.tensors import encode
+from router_service.connection import RouterSettings, open_transport
+from router_service.dispatcher import Dispatcher
+from router_service.recovery import ExpertsUnavailable, HedgeBudget
+from router_service.replicas import LiveReplica, LiveReplicas
+
+EXPERTS, WIDTH, WARM = 4, 8, 12
+EVERY = set(range(EXPERTS))
+
+
+@contextlib.contextmanager
+def dispatching(transport: str, *replicas: ScriptedReplica, wait_s: float = 20.0) -> Iterator[Dispatcher]:
+    live = LiveReplicas()
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(running_directory())
+        for replica in replicas:
+            stack.enter_context(replica.running(directory))
+        settings = RouterSettings.model_validate({"directory": directory, "transport": transport})
+        opened = open_transport(settings, FINGERPRINT, live)
+        stack.callback(opened.close)
+        until(lambda: len(live.snapshot()) == len(replicas))
+        yield Dispatcher(live, opened, wait_s)
+
+
+def until(condition: object, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def check(made: Dispatcher, seed: int = 0, tokens: int = 5) -> None:
+    """One layer; its sums must be right, whoever answered."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(tokens, WIDTH, generator=generator)
+    ids = torch.rand(tokens, EXPERTS, generator=generator).argsort(dim=1)[:, :2]
+    weights = torch.rand(tokens, 2, generator=generator)
+    result = made.finish(made.start(LAYER, rows, ids, weights))
+    torch.testing.assert_close(result, rows * (weights * (ids + 1)).sum(1, keepdim=True))
+
+
+class Hanging:
+    """Answers until `stopped` is set, then keeps its answers until it is cleared."""
+
+    def __init__(self) -> None:
+        self.running = threading.Event()
+        self.running.set()
+
+    def __call__(self, request: pb.DispatchRequest) -> Iterator[bytes]:
+        self.running.wait(30)
+        yield success(request).SerializeToString()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_replica_that_hangs_is_not_waited_for_and_comes_back(transport: str) -> None:
+    hanging = Hanging()
+    with dispatching(transport, ScriptedReplica("a", EVERY, hanging), ScriptedReplica("b", EVERY)) as made:
+        for seed in range(WARM):
+            check(made, seed)
+        hanging.running.clear()
+        for seed in range(WARM):
+            check(made, seed)
+        assert made.counters.hedged == made.counters.hedges_won == 1  # suspended by the first, so no other was late
+        assert set(made.replicas.suspended()) == {"a"} or "a" in made.replicas.snapshot()  # Describe still answers
+        hanging.running.set()
+        until(lambda: set(made.replicas.snapshot()) == {"a", "b"})
+        check(made)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_only_replica_of_an_expert_is_waited_for(transport: str) -> None:
+    hanging = Hanging()
+    with dispatching(transport, ScriptedReplica("a", {0, 1}, hanging), ScriptedReplica("b", {2, 3})) as made:
+        for seed in range(WARM):
+            check(made, seed)
+        hanging.running.clear()
+        threading.Timer(0.5, hanging.running.set).start()
+        check(made)
+        assert made.counters.hedged == 0 and not made.replicas.suspended()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_where_all_are_late_the_first_answer_counts(transport: str) -> None:
+    first, last = Hanging(), Hanging()
+    with dispatching(transport, ScriptedReplica("a", EVERY, first), ScriptedReplica("b", EVERY, last)) as made:
+        for seed in range(WARM):
+            check(made, seed)
+        first.running.clear()
+        last.running.clear()
+        threading.Timer(0.6, first.running.set).start()
+        check(made)
+        assert made.counters.hedged >= 1
+        last.running.set()
+
+
+def not_a_number(request: pb.DispatchRequest) -> Iterator[bytes]:
+    answer = success(request)
+    answer.output.CopyFrom(encode(torch.full((request.hidden_states.rows, WIDTH), float("nan"))))
+    yield answer.SerializeToString()
+
+
+def another_type(request: pb.DispatchRequest) -> Iterator[bytes]:
+    answer = success(request)
+    answer.output.CopyFrom(encode(torch.zeros(request.hidden_states.rows, WIDTH, dtype=torch.float16)))
+    yield answer.SerializeToString()
+
+
+def too_few_rows(request: pb.DispatchRequest) -> Iterator[bytes]:
+    answer = success(request)
+    answer.output.CopyFrom(encode(torch.zeros(request.hidden_states.rows - 1, WIDTH)))
+    yield answer.SerializeToString()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("corrupt", [not_a_number, another_type, too_few_rows])
+def test_a_corrupt_answer_is_a_failure_and_its_replica_rests(transport: str, corrupt: Script) -> None:
+    with dispatching(transport, ScriptedReplica("a", EVERY, corrupt), ScriptedReplica("b", EVERY)) as made:
+        for seed in range(4):
+            check(made, seed)
+        assert made.counters.resent_rows > 0
+        assert set(made.replicas.suspended()) == {"a"}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_rows_that_are_no_numbers_give_sums_that_are_none(transport: str) -> None:
+    with dispatching(transport, ScriptedReplica("a", EVERY), ScriptedReplica("b", EVERY)) as made:
+        rows = torch.full((3, WIDTH), float("nan"))
+        result = made.finish(made.start(LAYER, rows, torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)))
+        assert bool(result.isnan().all()) and made.counters.resent_rows == 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_only_nonsense_ends_after_the_wait(transport: str) -> None:
+    with (
+        dispatching(transport, ScriptedReplica("a", EVERY, not_a_number), wait_s=0.3) as made,
+        pytest.raises(ExpertsUnavailable, match=r"no replica served experts .* within 0\.3 s"),
+    ):
+        check(made)
+
+
+def test_hedges_stay_within_their_share() -> None:
+    budget = HedgeBudget(share=0.05, burst=2, _tokens=2)
+    spent = 0
+    for _ in range(1000):
+        budget.earn()
+        spent += budget.spend()
+    assert 50 <= spent <= 53
+
+
+def test_the_last_replica_of_an_expert_is_never_suspended() -> None:
+    live = LiveReplicas()
+    live.add(LiveReplica("a", "g", {0: frozenset({0, 1})}, 10))
+    live.add(LiveReplica("b", "h", {0: frozenset({1, 2})}, 10))
+    assert not live.suspend("a", "late") and set(live.snapshot()) == {"a", "b"}
+    live.add(LiveReplica("c", "g", {0: frozenset({0, 1})}, 10))
+    assert live.suspend("a", "late") and set(live.snapshot()) == {"b", "c"}
+    assert not live.suspend("c", "late")
+    live.resume("a")
+    assert set(live.snapshot()) == {"a", "b", "c"}
+
+
+def test_who_is_suspended_again_rests_longer() -> None:
+    live = LiveReplicas()
+    for name in ("a", "b"):
+        live.add(LiveReplica(name, "g", {0: frozenset({0})}, 10))
+    pauses = []
+    for _ in range(7):
+        live.suspend("a", "late")
+        pauses.append(live.suspended()["a"].pause_s)
+        live.resume("a")
+    assert pauses == [1, 2, 4, 8, 16, 30, 30]
