@@ -16,6 +16,7 @@ for its many starts with time that a real cluster's nodes would have: see `start
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import threading
 import time
@@ -170,7 +171,7 @@ def watch_replicas(tier: Tier, name: str, seen: Run, over: threading.Event) -> N
         seen.held.append((now, held))
         if len(seen.held) % 10 == 0:
             recent = [1000 * one.time_s for one in seen.load.steps if one.due_s > now - 10]
-            p95 = f"{percentile(recent, 0.95):.0f} ms" if recent else "–"
+            p95 = f"{percentile(recent, 0.95):.0f} ms" if recent else "-"
             counts = " ".join(str(held.get(name_of(group), 0)) for group in range(GROUPS))
             say(f"{name} {now:3.0f} s: replicas {counts}, p95 {p95}, {len(seen.load.failures)} failed")
 
@@ -201,13 +202,13 @@ def replica_seconds(held: list[tuple[float, dict[str, int]]]) -> float:
     """By the trapezoidal rule, over the whole run; before the first look as at the first, after the last as at it."""
     totals = [(0.0, sum(held[0][1].values())), *((now, sum(counts.values())) for now, counts in held)]
     totals.append((max(DURATION_S, totals[-1][0]), totals[-1][1]))
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(totals, totals[1:], strict=False))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(totals))
 
 
 def starts(held: list[tuple[float, dict[str, int]]]) -> int:
     """Replicas that were added in the run."""
     counts = [one for _, one in held]
-    return sum(max(0, b[group] - a.get(group, 0)) for a, b in zip(counts, counts[1:], strict=False) for group in b)
+    return sum(max(0, b[group] - a.get(group, 0)) for a, b in itertools.pairwise(counts) for group in b)
 
 
 def windows(steps: list[TokenStep]) -> list[tuple[float, float]]:

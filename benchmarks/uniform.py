@@ -13,7 +13,8 @@ from expertmesh.scaling.serve_policy import GroupPolicy
 
 
 class UniformPolicy:
-    """A `policy_function` with the arguments of GroupPolicy. Tells no directory: it does not do what a group decides."""
+    """A `policy_function` with the arguments of GroupPolicy. Tells no directory, since it does not do what a
+    group decides."""
 
     def __init__(self, group: str, targets: dict[str, Any], directory: str | None = None) -> None:
         self._group = group

@@ -17,8 +17,8 @@ MAX_REPLICAS_LOGGED = 16
 
 
 class DecisionLog:
-    """Of one group: a line at INFO where the target changes and at DEBUG otherwise; the directory is told of a change at
-    once and otherwise once a second. Never waits and never raises."""
+    """Of one group: a line at INFO where the target changes and at DEBUG otherwise; the directory is told of a change
+    at once and otherwise once a second. Never waits and never raises."""
 
     def __init__(self, group: str, directory: str | None) -> None:
         self._group = group

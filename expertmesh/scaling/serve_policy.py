@@ -1,4 +1,4 @@
-"""The policy as Ray Serve calls it, in its controller, for each group some ten times a second. Written against Ray 2.60.
+"""The policy as Ray Serve calls it in its controller, for each group ten times a second. Written against Ray 2.60.
 
 Ray pickles this module by value into the controller: what it imports is taken from the installation there.
 """

@@ -126,11 +126,11 @@ def test_rights_that_are_missing_are_named(
     ):
         services.find(None)
     before = ray_service.text
-    with pytest.raises(NotAllowed, match="not allowed to patch rayservices.ray.io") as refused:
+    with pytest.raises(NotAllowed, match=r"not allowed to patch rayservices\.ray\.io") as refused:
         services.patch(NAME, scaled)
     assert "system:serviceaccount:" in str(refused.value) and "\n" not in str(refused.value)
     assert ray_service.text == before
-    with pytest.raises(NotAllowed, match="not allowed to watch rayservices.ray.io"):
+    with pytest.raises(NotAllowed, match=r"not allowed to watch rayservices\.ray\.io"):
         list(services.follow(NAME, every_s=1))
 
 

@@ -1,4 +1,4 @@
-"""A Ray head on loopback whose autoscaler starts nodes on this machine, as Ray's own tests do. Written against Ray 2.60.
+"""A Ray head on loopback whose autoscaler starts nodes here, as Ray's own tests do. Written against Ray 2.60.
 
 `ray.cluster_utils.AutoscalingCluster` would end every Ray on the machine before and after.
 """

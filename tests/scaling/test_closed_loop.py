@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class Group:
     running: int = 1
     backlog_s: float = 0.0
     busy: float = 0.0
-    memory: Memory = Memory()
+    memory: Memory = field(default_factory=Memory)
     starting: list[float] = field(default_factory=list)
     waits: list[tuple[float, float]] = field(default_factory=list)
     reports: tuple[ReplicaLoad, ...] = ()
@@ -89,7 +90,7 @@ def test_a_step_is_followed_in_time_and_overshot_by_no_more_than_a_step(demand: 
 def test_noise_moves_nothing(demand: float) -> None:
     group = Group(ScalingSection(down_after_s=15), Bounds(1, 20), noise=0.5)
     targets = [target for now, target in group.run(lambda _: demand, 600) if now >= 100]
-    changes = sum(one != other for one, other in zip(targets, targets[1:], strict=False))
+    changes = sum(one != other for one, other in itertools.pairwise(targets))
     assert changes <= 1
 
 
@@ -97,6 +98,6 @@ def test_a_wave_is_followed_without_hunting() -> None:
     """A minute up, a minute down: each turn changes the direction once."""
     group = Group(ScalingSection(down_after_s=10), Bounds(1, 20))
     history = [target for _, target in group.run(lambda now: 0.4 + 3 * (now % 120 > 60), 480)]
-    steps = [after - before for before, after in zip(history, history[1:], strict=False) if after != before]
-    turns = sum(one * other < 0 for one, other in zip(steps, steps[1:], strict=False))
+    steps = [after - before for before, after in itertools.pairwise(history) if after != before]
+    turns = sum(one * other < 0 for one, other in itertools.pairwise(steps))
     assert turns <= 8

@@ -81,8 +81,9 @@ def test_a_replica_with_an_emulated_device_is_busy_while_it_waits(demo_artifact:
             replica = Replica(args, directory)
             try:
                 with running_dispatcher(demo_artifact, directory, transport) as dispatcher:
-                    for _ in range(5):
-                        answers.append(dispatcher.finish(dispatcher.start(layer, hidden_states, chosen, weights)))
+                    answers += [
+                        dispatcher.finish(dispatcher.start(layer, hidden_states, chosen, weights)) for _ in range(5)
+                    ]
                     busy = replica.load().busy
                 assert replica.load().rows_total == 5 * ROWS
             finally:

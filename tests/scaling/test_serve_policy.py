@@ -149,7 +149,7 @@ def test_a_decision_that_changes_the_target_is_logged_with_its_inputs(caplog: py
 
 
 def in_serve() -> tuple[DeploymentAutoscalingState, Any]:
-    """Ray's state of a deployment, and what gives it a config: takes config and target, gives the target from then on."""
+    """Ray's state of a deployment, and what gives it a config: takes config and target, gives the target after it."""
     state = DeploymentAutoscalingState(DEPLOYMENT)
 
     def register(config: dict[str, Any], target: int) -> int:
@@ -184,7 +184,7 @@ def test_serve_does_at_once_what_the_policy_says() -> None:
 
 def test_a_changed_config_keeps_the_replicas() -> None:
     before = autoscaling_of(max_replicas=6, scaling=FAST)
-    state, register = in_serve()
+    _state, register = in_serve()
     register(before, 4)
     after = autoscaling_of(max_replicas=6, scaling=FAST | {"target_busy": 0.3})
     assert register(after, 4) == 4
