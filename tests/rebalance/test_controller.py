@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mesh import running_dispatcher
-from test_run import BEFORE, IMPATIENT, Mesh, state  # noqa: F401 - a fixture
+from test_rebalance_run import BEFORE, IMPATIENT, Mesh, state  # noqa: F401 - a fixture
 
 from expertmesh.directory.client import expert_load
 from expertmesh.rebalance.controlled import ControlledCluster
