@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from expertmesh.kubernetes.connection import Connection
     from expertmesh.kubernetes.ray_services import RayServices
     from expertmesh.kubernetes.service import Service
+    from expertmesh.rebalance.watch import Report
 
 HELP = """Look at and change a deployment on Kubernetes: a RayService of KubeRay, as the Helm chart makes it.
 
@@ -194,7 +195,9 @@ def scale(
 
 @kubernetes.command()
 def rebalance(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan, as `expertmesh plan` makes it.")],
+    plan: Annotated[
+        Path | None, typer.Argument(metavar="PLAN", help="Plan, as `expertmesh plan` makes it.", show_default=False)
+    ] = None,
     name: Name = None,
     namespace: Namespace = None,
     kubeconfig: Kubeconfig = None,
@@ -210,23 +213,57 @@ def rebalance(
     roll_back: RollBack = True,
     timeout: Timeout = 1800,
     settle: Settle = 6,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Stay: plan again from the observed loads and apply what is worth it.")
+    ] = False,
+    observe: Annotated[bool, typer.Option("--observe", help="With --watch: only say what would be applied.")] = False,
+    directory: Annotated[
+        str | None, typer.Option(help="With --watch: host:port of Serve's gRPC proxy: NAME-serve-svc:9000 in a pod.")
+    ] = None,
+    lease: Annotated[
+        str | None, typer.Option(help="With --watch: Lease by which one of several processes leads; default: none.")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(help="With --watch: least share of memory x time that a plan saves.", min=0, max=1)
+    ] = 0.1,
+    cool_down: Annotated[float, typer.Option(help="With --watch: seconds between two rebalances.", min=0)] = 600,
+    window: Annotated[float, typer.Option(help="With --watch: seconds of load that count.", min=1)] = 300,
+    interval: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="With --watch: one JSON object per look.")] = False,
 ) -> None:
     """Bring the RayService to a plan's groups: new ones beside the old, and once they run, the old ones go.
 
     Until the new groups run, Ctrl-C or a group that does not come up takes everything back. A group of the plan whose
     experts and resources run already stays as it is. The chart's values stay as they are: put the plan's groups there
-    before the next `helm upgrade`.
+    before the next `helm upgrade`. With --watch it makes the plans itself, from the loads that the directory saw.
 
     Example: expertmesh kubernetes rebalance plan.json --save-before before.json --dry-run
     """
     from expertmesh.artifact.manifest import read_manifest
     from expertmesh.commands.console import err
     from expertmesh.commands.kubernetes_tables import lines, print_proposal, save_plan, sure
+    from expertmesh.kubernetes.controlled import ControlledService, identity, lead
+    from expertmesh.kubernetes.lease import Candidate
     from expertmesh.kubernetes.rebalance import Rebalance
     from expertmesh.kubernetes.transition import propose, running_plan
     from expertmesh.kubernetes.waiting import Patience
     from expertmesh.placement.plan import read_plan_file
+    from expertmesh.rebalance.decision import Limits
+    from expertmesh.rebalance.watch import Controller
 
+    if (plan is None) != watch:
+        raise typer.BadParameter("give either PLAN or --watch")
+    if plan is None:
+        if directory is None or artifact is None:
+            raise typer.BadParameter("--watch needs --directory and --artifact")
+        connection, services, service = _found(name, namespace, kubeconfig, context)
+        subject = ControlledService(
+            services, service.name, directory, artifact, read_manifest(artifact), Patience(timeout, settle), lines(err)
+        )
+        controller = Controller(lambda: subject, Limits(threshold, cool_down), window, observe)
+        candidate = Candidate(connection, connection.namespace, lease, identity()) if lease else None
+        lead(controller, candidate, interval, lambda report: _tell(report, as_json))
+        return
     wanted = read_plan_file(plan)
     manifest = None if artifact is None else read_manifest(artifact)
     _, services, service = _found(name, namespace, kubeconfig, context)
@@ -246,6 +283,15 @@ def rebalance(
     rebalance.run(roll_back=roll_back)
     back = f"; back again: expertmesh kubernetes rebalance {save_before}" if save_before else ""
     err.print(f"done{back}", highlight=False, soft_wrap=True)
+
+
+def _tell(report: Report, as_json: bool) -> None:
+    from expertmesh.commands.console import out
+
+    if as_json:
+        typer.echo(report.model_dump_json(exclude_none=True))
+    else:
+        out.print(report.text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _found(

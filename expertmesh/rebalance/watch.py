@@ -92,7 +92,7 @@ class Controller:
     def __post_init__(self) -> None:
         self._attempts: list[Attempt] = []
 
-    def reports(self, interval_s: float, sleep: Callable[[float], None] = time.sleep) -> Iterator[Report]:
+    def reports(self, interval_s: float, sleep: Callable[[float], object] = time.sleep) -> Iterator[Report]:
         """One after each look, for ever."""
         while True:
             yield self.look()

@@ -1,0 +1,85 @@
+"""The controller's view of a RayService: observed loads from the directory, changes through the API server."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertmesh.artifact.manifest import Manifest
+from expertmesh.config import ClusterConfig, ModelSection, ScalingSection
+from expertmesh.directory.client import expert_load
+from expertmesh.kubernetes.groups import read_group
+from expertmesh.kubernetes.lease import Candidate, Leadership, run_as_leader
+from expertmesh.kubernetes.ray_services import RayServices
+from expertmesh.kubernetes.rebalance import Rebalance
+from expertmesh.kubernetes.serve_text import group_applications
+from expertmesh.kubernetes.transition import Proposal, propose
+from expertmesh.kubernetes.waiting import Patience, Show
+from expertmesh.placement.plan import Plan
+from expertmesh.rebalance.decision import Attempt
+from expertmesh.rebalance.planning import plan_for
+from expertmesh.rebalance.watch import Controller, Planned, Report
+from expertmesh.v1 import directory_pb2
+
+
+@dataclass(frozen=True)
+class ControlledService:
+    """A Subject, of the RayService called `name` whose directory is at host:port `directory`."""
+
+    services: RayServices
+    name: str
+    directory: str
+    artifact: Path
+    manifest: Manifest
+    patience: Patience
+    show: Show
+
+    def loads(self, window_s: float) -> directory_pb2.ExpertLoadReply:
+        return expert_load(self.directory, window_s)
+
+    def planned(self, loads: directory_pb2.ExpertLoadReply) -> Planned:
+        text = self.services.get(self.name).serve_config
+        groups = tuple(map(read_group, group_applications(text).values()))
+        scaling = next((group.scaling for group in groups if group.scaling), ScalingSection())
+        model = ModelSection(artifact=self.artifact)
+        return plan_for(loads, ClusterConfig(model=model, groups=groups, scaling=scaling), self.manifest)
+
+    def groups_changed(self, plan: Plan) -> int:
+        change = self._proposal(plan).change
+        return len(change.added) + len(change.removed)
+
+    def last(self) -> Attempt | None:
+        """None: what others did is not written down on Kubernetes."""
+        return None
+
+    def apply(self, plan: Plan) -> bool:
+        """Raises ClusterError where it was rolled back, too."""
+        Rebalance(self.services, self.name, self._proposal(plan).transition, self.patience, self.show).run()
+        return True
+
+    def _proposal(self, plan: Plan) -> Proposal:
+        return propose(self.services.get(self.name).serve_config, plan, self.manifest)
+
+
+def lead(
+    controller: Controller, candidate: Candidate | None, interval_s: float, tell: Callable[[Report], None]
+) -> None:
+    """Looks for as long as this process leads, and waits to lead again when it no longer does; for ever."""
+
+    def work(leadership: Leadership) -> None:
+        for report in controller.reports(interval_s, sleep=leadership.wait):
+            tell(report)
+            if leadership.lost:
+                return
+
+    if candidate is None:
+        work(Leadership())
+    else:
+        run_as_leader(candidate, work)
+
+
+def identity() -> str:
+    """Of this process among the candidates: in a pod its host's name is the pod's."""
+    return socket.gethostname()
