@@ -21,6 +21,17 @@ from expertmesh.cluster.local_ray import HOST, PORT_OPTIONS, LocalRay, free_port
 from expertmesh.cluster.processes import MARKER
 
 START_S, GRACE_S = 90.0, 15.0
+LAUNCHER_LISTS = (
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
 
 
 @contextmanager
@@ -63,7 +74,13 @@ def _autoscaling(head: dict[str, float], worker: dict[str, float], most_workers:
         "max_workers": most_workers,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 30,
-        "provider": {"type": "fake_multinode", "gcs_address": gcs},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": gcs,
+            "use_node_id_as_ip": True,  # all nodes have the same address
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "available_node_types": {
             "ray.head.default": {"resources": head, "node_config": {}, "max_workers": 0},
             "worker": {
@@ -74,4 +91,10 @@ def _autoscaling(head: dict[str, float], worker: dict[str, float], most_workers:
             },
         },
         "head_node_type": "ray.head.default",
+        # of a cluster launcher, which the autoscaler wants all the same
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **dict.fromkeys(LAUNCHER_LISTS, ()),
     }
