@@ -16,9 +16,9 @@ class UniformPolicy:
     """A `policy_function` with the arguments of GroupPolicy. Tells no directory, since it does not do what a
     group decides."""
 
-    def __init__(self, group: str, targets: dict[str, Any], directory: str | None = None) -> None:
+    def __init__(self, group: str, directory: str | None = None) -> None:
         self._group = group
-        self._own = GroupPolicy(group, targets)
+        self._own = GroupPolicy(group)
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         uniform_board.wanted[self._group], state = self._own(ctx)

@@ -11,6 +11,8 @@ from ray import serve
 
 from expert_service.background import in_background
 from expertmesh.args import EXPERTS_DEPLOYMENT, GroupArgs
+from expertmesh.config import ScalingSection
+from expertmesh.scaling.samples import targets_as_stats
 
 if TYPE_CHECKING:
     from expert_service.replica import Replica
@@ -31,7 +33,13 @@ class ExpertReplica:
         if args.host == "auto":
             args = args.model_copy(update={"host": ray.util.get_node_ip_address()})
         node_id = ray.get_runtime_context().get_node_id()
+        self._targets: dict[str, float] = {}
         self._replica: Replica | None = Replica(args, args.directory, node_id)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls it at the start and on other targets. They reach the policy with the replica's load: Serve would
+        restart all replicas of a group whose policy's own arguments change."""
+        self._targets = targets_as_stats(ScalingSection.model_validate(user_config["scaling"]))
 
     async def check_health(self) -> None:
         """Raises RuntimeError once a part of the replica has stopped; a directory that is away is no such thing."""
@@ -40,7 +48,7 @@ class ExpertReplica:
             raise RuntimeError(problem)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """The replica's load, which `expertmesh.scaling` reads. Serve asks once a second."""
+        """The replica's load and its group's targets, which `expertmesh.scaling` reads. Serve asks once a second."""
         if self._replica is None:
             return {}
         load, (_, p95_us) = self._replica.load(), self._replica.queue_wait()
@@ -49,6 +57,7 @@ class ExpertReplica:
             "queue_wait_ms": p95_us / 1000,
             "rows_per_s": load.rows_per_s,
             "queued_rows": float(load.queued_rows),
+            **self._targets,
         }
 
     async def wake(self) -> None:

@@ -89,6 +89,7 @@ def _group_application(config: ClusterConfig, group: GroupSection, manifest: Man
     deployment = {
         "name": EXPERTS_DEPLOYMENT,
         "autoscaling_config": autoscaling_config(config, group),
+        "user_config": {"scaling": (group.scaling or config.scaling).model_dump(mode="json")},
         "ray_actor_options": resources,
     }
     application = _application(experts_application(group.name), "expert_service.app:build", dumped)
@@ -114,10 +115,10 @@ def autoscaling_config(config: ClusterConfig, group: GroupSection) -> dict[str, 
     """Ray Serve's AutoscalingConfig by which our policy alone decides.
 
     Also where both bounds are the same: a replica that began without one would stay silent once the bounds differ. No
-    `initial_replicas`, to which Serve would jump after every change.
+    `initial_replicas`, to which Serve would jump after every change. The targets stand in `user_config`: Serve restarts
+    all replicas of an application whose policy changes, its arguments included.
     """
-    targets = group.scaling or config.scaling
-    kwargs = {"group": group.name, "targets": targets.model_dump(mode="json"), "directory": directory_address(config)}
+    kwargs = {"group": group.name, "directory": directory_address(config)}
     return {
         "min_replicas": group.min_replicas,
         "max_replicas": group.max_replicas,

@@ -10,7 +10,7 @@ from expertmesh.errors import ConfigError
 
 LEAST, MOST, INITIAL = "min_replicas", "max_replicas", "initial_replicas"
 """Keys of an autoscaling_config. Serve refuses an INITIAL outside of the others."""
-AUTOSCALING, FIXED = "autoscaling_config", "num_replicas"
+AUTOSCALING, FIXED, USER_CONFIG = "autoscaling_config", "num_replicas", "user_config"
 Override = Mapping[str, Any]
 """One entry of `deployments:`."""
 

@@ -19,7 +19,7 @@ from expertmesh.config import ClusterConfig, DirectorySection, GroupSection, Mod
 from expertmesh.deployment import serve_config
 from expertmesh.errors import ConfigError
 from expertmesh.experts import format_indices, parse_indices
-from expertmesh.kubernetes.bounds import AUTOSCALING, FIXED, read_bounds
+from expertmesh.kubernetes.bounds import AUTOSCALING, FIXED, USER_CONFIG, read_bounds
 from expertmesh.kubernetes.serve_text import Application, experts_override
 from expertmesh.yaml_file import first_problem
 
@@ -129,6 +129,5 @@ def check_covers(groups: Sequence[GroupSection], model: Manifest) -> None:
 
 
 def _targets(override: Mapping[str, Any]) -> ScalingSection | None:
-    policy = (override.get(AUTOSCALING) or {}).get("policy") or {}
-    targets = (policy.get("policy_kwargs") or {}).get("targets")
+    targets = (override.get(USER_CONFIG) or {}).get("scaling")
     return None if targets is None else ScalingSection.model_validate(targets)

@@ -12,7 +12,7 @@ from expertmesh.args import experts_application
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.config import GroupSection
 from expertmesh.errors import ConfigError
-from expertmesh.kubernetes.bounds import AUTOSCALING, Bounds, read_bounds, with_bounds
+from expertmesh.kubernetes.bounds import USER_CONFIG, Bounds, read_bounds, with_bounds
 from expertmesh.kubernetes.groups import check_covers, filled, known_model, make_application, read_group
 from expertmesh.kubernetes.serve_text import (
     WHAT,
@@ -122,7 +122,7 @@ def running_plan(text: str, fingerprint: str) -> Plan:
 def _resized(group: GroupSection, running: GroupSection, application: Application) -> Application:
     override = with_bounds(experts_override(application), Bounds(group.min_replicas, group.max_replicas))
     if group.scaling != running.scaling:
-        override |= {AUTOSCALING: experts_override(make_application(group, application))[AUTOSCALING]}
+        override |= {USER_CONFIG: experts_override(make_application(group, application))[USER_CONFIG]}
     return with_override(application, override)
 
 

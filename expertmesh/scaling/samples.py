@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import pydantic
+
+from expertmesh.config import ScalingSection
 from expertmesh.scaling.policy import ReplicaLoad
 
 METRICS = ("busy", "queue_wait_ms", "rows_per_s", "queued_rows")
 """Keys of `record_autoscaling_stats`, as a ReplicaLoad has them."""
+TARGETS = {f"target_{name}": name for name in ScalingSection.model_fields}
+"""Keys of `record_autoscaling_stats` -> fields of a ScalingSection."""
+Metrics = Mapping[str, Mapping[Any, Sequence[Any]]]
+"""Ray's: name -> replica -> samples with `timestamp` and `value`, newest last."""
 
 
 class Samples:
@@ -20,13 +28,9 @@ class Samples:
         self._seen: dict[Any, tuple[float, float]] = {}
         """Replica -> (its newest sample's time by its own clock, when that was first seen)."""
 
-    def loads(
-        self, replicas: Iterable[Any], metrics: Mapping[str, Mapping[Any, Sequence[Any]]], now: float
-    ) -> tuple[ReplicaLoad, ...]:
-        """One for each of the replicas that has reported all of METRICS: the newest values, NaN for what is no number.
-
-        `metrics` are Ray's: name -> replica -> samples with `timestamp` and `value`, newest last.
-        """
+    def loads(self, replicas: Iterable[Any], metrics: Metrics, now: float) -> tuple[ReplicaLoad, ...]:
+        """One for each of the replicas that has reported all of METRICS: the newest values, NaN for what is no
+        number."""
         seen: dict[Any, tuple[float, float]] = {}
         found = []
         for replica in replicas:
@@ -40,6 +44,26 @@ class Samples:
             found.append(ReplicaLoad(str(getattr(replica, "unique_id", replica)), now - seen[replica][1], **values))
         self._seen = seen
         return tuple(found)
+
+
+def targets_as_stats(targets: ScalingSection) -> dict[str, float]:
+    """What a replica adds to its stats, so that its group's policy knows its targets."""
+    return {key: float(getattr(targets, field)) for key, field in TARGETS.items()}
+
+
+def reported_targets(replicas: Iterable[Any], metrics: Metrics) -> ScalingSection | None:
+    """Those that most of the replicas were given; None where no replica says, or what most say are no targets."""
+    said: Counter[tuple[float, ...]] = Counter()
+    for replica in replicas:
+        newest = [_number(series[-1].value) for key in TARGETS if (series := metrics.get(key, {}).get(replica))]
+        if len(newest) == len(TARGETS):
+            said[tuple(newest)] += 1
+    if not said:
+        return None
+    try:
+        return ScalingSection.model_validate(dict(zip(TARGETS.values(), said.most_common(1)[0][0], strict=True)))
+    except pydantic.ValidationError:
+        return None
 
 
 def _number(value: object) -> float:

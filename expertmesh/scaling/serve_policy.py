@@ -11,16 +11,17 @@ from typing import Any
 from expertmesh.config import ScalingSection
 from expertmesh.scaling.decision_log import DecisionLog
 from expertmesh.scaling.policy import Bounds, Decision, GroupLoad, Memory, decide
-from expertmesh.scaling.samples import Samples
+from expertmesh.scaling.samples import Samples, reported_targets
 
 
 class GroupPolicy:
     """`policy_function` of a group's AutoscalingConfig, whose delays are 0 and whose factors are 1, so that Serve does
-    what this says. Serve makes a new one after each change of the config; replicas stay as they are meanwhile."""
+    what this says. Serve makes a new one after each change of the config; replicas stay as they are meanwhile. The
+    targets come with what the replicas report; until one has reported, there is no load to decide on either."""
 
-    def __init__(self, group: str, targets: dict[str, Any], directory: str | None = None) -> None:
-        """JSON values: `targets` are a ScalingSection, `directory` its host:port; None reports to nobody."""
-        self._targets = ScalingSection.model_validate(targets)
+    def __init__(self, group: str, directory: str | None = None) -> None:
+        """`directory` is its host:port; None reports to nobody."""
+        self._targets = ScalingSection()
         self._samples = Samples()
         self._memory = Memory()
         self._log = DecisionLog(group, directory)
@@ -35,12 +36,13 @@ class GroupPolicy:
         return target, {}
 
     def decide(self, ctx: Any) -> Decision:
-        now = time.monotonic()
+        now, metrics = time.monotonic(), ctx.raw_metrics or {}
+        self._targets = reported_targets(ctx.running_replicas, metrics) or self._targets
         load = GroupLoad(
             now=now,
             running=ctx.current_num_replicas,
             target=ctx.target_num_replicas,
-            replicas=self._samples.loads(ctx.running_replicas, ctx.raw_metrics or {}, now),
+            replicas=self._samples.loads(ctx.running_replicas, metrics, now),
             wanted=ctx.total_num_requests > 0,
         )
         bounds = Bounds(ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas)

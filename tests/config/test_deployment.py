@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import ray
 from config_values import config, manifest
+from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.config import AutoscalingConfig
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from expertmesh.args import GroupArgs, RouterArgs
 from expertmesh.config import ClusterConfig, EmulatedDevice, ScalingSection
 from expertmesh.deployment import serve_config
+from expertmesh.scaling.serve_policy import GroupPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
 
@@ -88,8 +90,9 @@ def test_our_policy_alone_decides_with_the_groups_targets_or_the_clusters() -> N
         assert scaling.upscale_delay_s == scaling.downscale_delay_s == scaling.downscale_to_zero_delay_s == 0
         assert scaling.get_upscaling_factor() == scaling.get_downscaling_factor() == 1
         assert scaling.metrics_interval_s == 1
-        policy = scaling.policy.get_policy()(**scaling.policy.policy_kwargs)
-        assert policy._targets == ScalingSection(target_busy=busy)
+        assert isinstance(scaling.policy.get_policy()(**scaling.policy.policy_kwargs), GroupPolicy)
+        user_config = applications(wanted)[application]["deployments"][0]["user_config"]
+        assert ScalingSection.model_validate(user_config["scaling"]) == ScalingSection(target_busy=busy)
         assert scaling.policy.policy_kwargs["directory"] == "127.0.0.1:9000"
 
 
@@ -100,14 +103,22 @@ def test_an_emulated_device_is_an_argument_of_its_group() -> None:
 
 
 @pytest.mark.parametrize("group", ["a", "b"])
-def test_changed_bounds_and_targets_change_no_args(group: str) -> None:
-    """Since changed args would restart the application."""
+def test_changed_bounds_and_targets_restart_nothing(group: str) -> None:
+    """By what Ray restarts an application's replicas for."""
     change = {"max_replicas": 7, "scaling": {"target_busy": 0.3}}
     groups = [one.model_dump() | (change if one.name == group else {}) for one in SCALED.groups]
-    changed = SCALED.model_dump() | {"groups": groups, "engine": {"max_replicas": 3}}
+    changed = SCALED.model_dump() | {"groups": groups}
     before, after = applications(SCALED), applications(ClusterConfig.model_validate(changed))
-    assert {name: one["args"] for name, one in before.items()} == {name: one["args"] for name, one in after.items()}
+    for name, one in before.items():
+        versions = [get_app_code_version(ServeApplicationSchema.model_validate(x)) for x in (one, after[name])]
+        assert versions[0] == versions[1], name
     assert before[f"experts-{group}"] != after[f"experts-{group}"]
+
+
+def test_changed_bounds_of_the_router_change_no_args() -> None:
+    changed = SCALED.model_dump() | {"engine": {"max_replicas": 3}}
+    before, after = applications(SCALED)["router"], applications(ClusterConfig.model_validate(changed))["router"]
+    assert before["args"] == after["args"] and before["deployments"] != after["deployments"]
 
 
 def test_both_ends_get_the_tls_files() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from types import TracebackType
 from urllib.parse import urlsplit
 
@@ -29,12 +28,6 @@ class Line:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
     ) -> None:
         self.close()
-
-    def await_connections(self, number: int) -> None:
-        deadline = time.monotonic() + 30
-        while self.accepted < number:
-            assert time.monotonic() < deadline, "nobody connected"
-            time.sleep(0.02)
 
     def cut(self) -> None:
         """Breaks the connections that there are; new ones are taken."""

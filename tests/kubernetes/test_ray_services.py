@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import socket
 import threading
+import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -27,6 +29,13 @@ pytestmark = pytest.mark.kubernetes
 
 def scaled(text: str) -> str:
     return set_bounds(text, "hot", Bounds(2, 7))
+
+
+def wait_for(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.02)
 
 
 def with_token(server: ApiServer, namespace: str, token: str, folder: Path) -> Connection:
@@ -162,6 +171,8 @@ def test_no_api_server(api_server: ApiServer, namespace: str) -> None:
 
 def elsewhere(connection: Connection, port: int) -> Connection:
     """The same server behind another port."""
+    # this hook reads the kubeconfig again, and the address with it
+    connection.api.configuration.refresh_api_key_hook = None
     connection.api.configuration.host = f"https://127.0.0.1:{port}"
     return dataclasses.replace(connection, api=client.ApiClient(connection.api.configuration))
 
@@ -189,16 +200,23 @@ def test_a_watch_that_breaks_is_opened_again(
 ) -> None:
     with Line(api_server.url) as line:
         far = RayServices(elsewhere(admin(api_server, namespace), line.port))
-        found = far.follow(NAME, every_s=60)
-        generations = [next(found).generation]
-        reader = threading.Thread(target=lambda: generations.extend(next(found).generation for _ in range(2)))
+        generations: list[int] = []
+
+        def read() -> None:
+            for found in far.follow(NAME, every_s=60):
+                generations.append(found.generation)
+                if found.generation == 3:
+                    return
+
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
-        line.await_connections(1)
-        line.cut()
+        wait_for(lambda: generations == [1], "the first read")
         services.patch(NAME, scaled)
-        reader.join(timeout=30)
-        assert not reader.is_alive()
-        assert generations[0] == 1 and generations[-1] == 2
+        wait_for(lambda: generations[-1] == 2, "what the watch says")
+        line.cut()
+        services.patch(NAME, lambda text: set_bounds(text, "hot", Bounds(2, 8)))
+        wait_for(lambda: not reader.is_alive(), "what a new watch says")
+        assert generations == sorted(generations)
         assert line.accepted >= 2
 
 

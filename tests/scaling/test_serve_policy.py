@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -17,10 +17,10 @@ from ray.serve._private.config import DeploymentConfig, ReplicaConfig
 from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from expertmesh.config import ClusterConfig
+from expertmesh.config import ClusterConfig, ScalingSection
 from expertmesh.deployment import autoscaling_config
 from expertmesh.directory.client import scaling
-from expertmesh.scaling.samples import METRICS, Samples
+from expertmesh.scaling.samples import METRICS, TARGETS, Samples, reported_targets, targets_as_stats
 from expertmesh.scaling.serve_policy import GroupPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
@@ -34,17 +34,20 @@ def directory() -> Iterator[str]:
         yield address
 
 
-FAST = {"up_after_s": 0, "down_after_s": 0}
+FAST = {"up_after_s": 0.0, "down_after_s": 0.0}
 
 
 def replica(number: int) -> ReplicaID:
     return ReplicaID(f"r{number}", DEPLOYMENT)
 
 
-def metrics(*busy: object, at: float = 1.0, **more: object) -> dict[str, dict[ReplicaID, list[TimeStampedValue]]]:
+def metrics(
+    *busy: object, at: float = 1.0, targets: Mapping[str, float] = FAST, **more: object
+) -> dict[str, dict[ReplicaID, list[TimeStampedValue]]]:
     """What replicas 0, 1, … reported last; `more` replaces other values of all."""
     values = {"queue_wait_ms": 0.0, "rows_per_s": 5.0, "queued_rows": 0.0} | more
-    found: dict[str, dict[ReplicaID, list[TimeStampedValue]]] = {name: {} for name in METRICS}
+    values |= targets_as_stats(ScalingSection.model_validate(targets))
+    found: dict[str, dict[ReplicaID, list[TimeStampedValue]]] = {name: {} for name in (*METRICS, *TARGETS)}
     for number, share in enumerate(busy):
         for name, value in ({"busy": share} | values).items():
             found[name][replica(number)] = [TimeStampedValue(at - 1, 0.1), TimeStampedValue(at, value)]  # type: ignore[arg-type]
@@ -78,7 +81,7 @@ def test_written_against_this_version() -> None:
 
 
 def test_the_newest_report_of_each_running_replica_decides() -> None:
-    policy = GroupPolicy("a", FAST)
+    policy = GroupPolicy("a")
     assert policy(context(metrics(1.0), 1)) == (2, {})
     assert policy(context(metrics(0.1, 0.1), 2)) == (1, {})
     assert policy(context(metrics(1.0, 1.0, 0.0), 2))[0] == 4, "the third runs no more"
@@ -86,7 +89,7 @@ def test_the_newest_report_of_each_running_replica_decides() -> None:
 
 @pytest.mark.parametrize("lie", [math.nan, math.inf, -1.0, 7.0, "busy", None, 10**400, [1]])
 def test_what_is_no_measurement_does_not_count(lie: object) -> None:
-    policy = GroupPolicy("a", FAST)
+    policy = GroupPolicy("a")
     assert policy(context(metrics(lie), 1))[0] == 1
     assert policy(context(metrics(lie), 1, low=0))[0] == 1
     assert policy.decide(context(metrics(0.6, lie, 0.6), 3)).counted == 2
@@ -94,7 +97,25 @@ def test_what_is_no_measurement_does_not_count(lie: object) -> None:
 
 @pytest.mark.parametrize("raw", [None, {}, {"busy": {replica(0): [TimeStampedValue(1.0, 1.0)]}}, {"busy": {}}])
 def test_absent_reports_change_nothing(raw: Any) -> None:
-    assert GroupPolicy("a", FAST)(context(raw, 3)) == (3, {})
+    assert GroupPolicy("a")(context(raw, 3)) == (3, {})
+
+
+def test_the_targets_are_those_of_most_replicas() -> None:
+    """Which keep them while Serve's own config says nothing of them; one replica that lies changes nothing."""
+    given = ScalingSection(target_busy=0.3, max_up_step=3)
+    raw = metrics(0.5, 0.5, 0.5, targets=given.model_dump())
+    everyone = [replica(number) for number in range(3)]
+    raw["target_target_busy"][replica(1)] = [TimeStampedValue(2.0, 0.01)]
+    assert reported_targets(everyone, raw) == given
+    assert reported_targets([replica(1)], raw) == given.model_copy(update={"target_busy": 0.01})
+    for lie in (math.nan, 0.0, -1.0, 7.0, "busy"):
+        raw["target_target_busy"][replica(1)] = [TimeStampedValue(2.0, lie)]  # type: ignore[arg-type]
+        assert reported_targets([replica(1)], raw) is None
+    assert reported_targets(everyone, {}) is None
+    policy = GroupPolicy("a")
+    assert policy.decide(context(raw, 3)).asked == 5
+    assert policy.decide(context({}, 3)).replicas == 3
+    assert policy._targets == given, "the last that were said"
 
 
 def test_a_replica_that_says_nothing_new_falls_silent() -> None:
@@ -109,7 +130,7 @@ def test_a_replica_that_says_nothing_new_falls_silent() -> None:
 
 
 def test_nothing_escapes_and_the_directory_hears_of_it(directory: str) -> None:
-    policy = GroupPolicy("a", FAST, directory)
+    policy = GroupPolicy("a", directory)
     assert policy(context(metrics(1.0), 1))[0] == 2
     broken = context(object(), 2)
     broken.running_replicas = 5  # type: ignore[assignment]
@@ -126,20 +147,21 @@ def test_nothing_escapes_and_the_directory_hears_of_it(directory: str) -> None:
 
 
 def test_without_reports_the_directory_learns_that_nothing_can_be_decided(directory: str) -> None:
-    GroupPolicy("a", FAST, directory)(context({}, 2))
+    GroupPolicy("a", directory)(context({}, 2))
     assert _told(directory, lambda one: True).last.error.startswith("no report of 2 running replicas counts")
 
 
 def test_a_directory_that_is_away_delays_nobody() -> None:
-    policy = GroupPolicy("a", {**FAST, "max_up_factor": 100}, "127.0.0.1:1")
+    policy = GroupPolicy("a", "127.0.0.1:1")
+    fast = FAST | {"max_up_factor": 100}
     began = time.monotonic()
     for running in range(1, 200):
-        assert policy(context(metrics(*[1.0] * running), running, high=1000))[0] > running
+        assert policy(context(metrics(*[1.0] * running, targets=fast), running, high=1000))[0] > running
     assert time.monotonic() - began < 60, "each would wait for 2 s"
 
 
 def test_a_decision_that_changes_the_target_is_logged_with_its_inputs(caplog: pytest.LogCaptureFixture) -> None:
-    policy = GroupPolicy("a", FAST)
+    policy = GroupPolicy("a")
     with caplog.at_level("INFO"):
         policy(context(metrics(0.6), 1))
         policy(context(metrics(0.93, queue_wait_ms=4.0), 1))
@@ -169,7 +191,7 @@ def autoscaling_of(**group: Any) -> dict[str, Any]:
 
 
 def test_serve_does_at_once_what_the_policy_says() -> None:
-    fast = autoscaling_of(max_replicas=6, scaling=FAST)
+    fast = autoscaling_of(max_replicas=6)
     state, register = in_serve()
     assert register(fast, 1) == 1
     state.update_running_replica_ids([replica(0)])
@@ -183,28 +205,32 @@ def test_serve_does_at_once_what_the_policy_says() -> None:
 
 
 def test_a_changed_config_keeps_the_replicas() -> None:
-    before = autoscaling_of(max_replicas=6, scaling=FAST)
     _state, register = in_serve()
-    register(before, 4)
-    after = autoscaling_of(max_replicas=6, scaling=FAST | {"target_busy": 0.3})
-    assert register(after, 4) == 4
+    register(autoscaling_of(max_replicas=6), 4)
+    assert register(autoscaling_of(max_replicas=5), 4) == 4
     assert register(autoscaling_of(max_replicas=3), 4) == 3
     assert register(autoscaling_of(min_replicas=5, max_replicas=5), 3) == 5
 
 
 def test_an_idle_group_goes_to_zero_in_serve() -> None:
-    config = autoscaling_of(min_replicas=0, max_replicas=6, scaling=FAST | {"idle_after_s": 0.05})
+    config = autoscaling_of(min_replicas=0, max_replicas=6)
     state, register = in_serve()
     assert register(config, 0) == 0, "asleep at first"
     state.update_running_replica_ids([replica(0)])
-    report(state, 0, 0.0, rows_per_s=0.0)
+    report(state, 0, 0.0, rows_per_s=0.0, targets=FAST | {"idle_after_s": 0.05})
     assert state.get_decision_num_replicas(1) == 1
     time.sleep(0.06)
     assert state.get_decision_num_replicas(1) == 0
 
 
-def report(state: DeploymentAutoscalingState, number: int, busy: float, rows_per_s: float = 5.0) -> None:
-    raw = metrics(*[busy] * (number + 1), at=time.time(), rows_per_s=rows_per_s)
+def report(
+    state: DeploymentAutoscalingState,
+    number: int,
+    busy: float,
+    rows_per_s: float = 5.0,
+    targets: Mapping[str, float] = FAST,
+) -> None:
+    raw = metrics(*[busy] * (number + 1), at=time.time(), targets=targets, rows_per_s=rows_per_s)
     series = {name: found[replica(number)] for name, found in raw.items()}
     state.record_request_metrics_for_replica(ReplicaMetricReport(replica(number), series, time.time()))
 

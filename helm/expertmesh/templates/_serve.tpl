@@ -45,6 +45,12 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- $deployment := dict "autoscaling_config" (include "expertmesh.groupAutoscaling" (list $root $group) | fromJson) -}}
 {{- $_ := set $deployment "name" "ExpertReplica" -}}
 {{- $_ := set $deployment "ray_actor_options" $resources -}}
+{{- $given := $root.Values.cluster.scaling -}}
+{{- if $group.scaling -}}
+{{- $given = $group.scaling -}}
+{{- end -}}
+{{- $targets := include "expertmesh.over" (list $defaults.scaling $given) | fromJson -}}
+{{- $_ := set $deployment "user_config" (dict "scaling" $targets) -}}
 {{- dict "name" (printf "experts-%s" $group.name) "import_path" "expert_service.app:build" "route_prefix" nil
   "args" $args "deployments" (list $deployment) | toJson -}}
 {{- end -}}
@@ -81,12 +87,7 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- $root := index . 0 -}}
 {{- $group := index . 1 -}}
 {{- $defaults := include "expertmesh.defaults" $root | fromJson -}}
-{{- $given := $root.Values.cluster.scaling -}}
-{{- if $group.scaling -}}
-{{- $given = $group.scaling -}}
-{{- end -}}
-{{- $targets := include "expertmesh.over" (list $defaults.scaling $given) | fromJson -}}
-{{- $kwargs := dict "group" $group.name "targets" $targets "directory" (include "expertmesh.directoryAddress" $root) -}}
+{{- $kwargs := dict "group" $group.name "directory" (include "expertmesh.directoryAddress" $root) -}}
 {{- $bounds := dict "min_replicas" (int64 $group.min_replicas) "max_replicas" (int64 $group.max_replicas)
   "policy" (dict "policy_function" $defaults.policy "policy_kwargs" $kwargs) -}}
 {{- include "expertmesh.over" (list $defaults.groupAutoscaling $bounds) -}}
