@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from marks import needs_native
 
 from expert_service.replica import Replica
 from expert_service.server import LoopThread
@@ -15,11 +15,10 @@ from expertmesh.args import GroupArgs
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.directory.server import start_directory
 from expertmesh.experts import format_indices
-from router_service.connection import NATIVE_MODULE, RouterSettings, open_transport
+from router_service.connection import RouterSettings, open_transport
 from router_service.dispatcher import Dispatcher
 from router_service.replicas import LiveReplicas
 
-needs_native = pytest.mark.skipif(find_spec(NATIVE_MODULE) is None, reason="the native core is not built here")
 TRANSPORTS = ["python", pytest.param("native", marks=needs_native)]
 """For tests that run over either."""
 

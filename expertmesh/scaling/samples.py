@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import pydantic
@@ -14,8 +15,10 @@ from expertmesh.scaling.policy import ReplicaLoad
 
 METRICS = ("busy", "queue_wait_ms", "rows_per_s", "queued_rows")
 """Keys of `record_autoscaling_stats`, as a ReplicaLoad has them."""
-TARGETS = {f"target_{name}": name for name in ScalingSection.model_fields}
+TARGETS = {f"scaling_{name}": name for name in ScalingSection.model_fields}
 """Keys of `record_autoscaling_stats` -> fields of a ScalingSection."""
+ASKED = 15
+"""All replicas of a group are given the same targets; the policy asks ten times a second."""
 Metrics = Mapping[str, Mapping[Any, Sequence[Any]]]
 """Ray's: name -> replica -> samples with `timestamp` and `value`, newest last."""
 
@@ -52,9 +55,9 @@ def targets_as_stats(targets: ScalingSection) -> dict[str, float]:
 
 
 def reported_targets(replicas: Iterable[Any], metrics: Metrics) -> ScalingSection | None:
-    """Those that most of the replicas were given; None where no replica says, or what most say are no targets."""
+    """Those that most of the first ASKED replicas were given; None where none says, or what most say are no targets."""
     said: Counter[tuple[float, ...]] = Counter()
-    for replica in replicas:
+    for replica in islice(replicas, ASKED):
         newest = [_number(series[-1].value) for key in TARGETS if (series := metrics.get(key, {}).get(replica))]
         if len(newest) == len(TARGETS):
             said[tuple(newest)] += 1

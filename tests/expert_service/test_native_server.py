@@ -15,6 +15,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from marks import native_core
 
 from expert_service.endpoint import Offer, make_endpoint
 from expert_service.executor import Executor, Pairs
@@ -23,8 +24,8 @@ from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import CHANNEL_OPTIONS, FINGERPRINT_KEY
 from expertmesh.wire.tensors import decode, encode
 
-pytest.importorskip("expertmesh_native", reason="expertmesh-native is not installed")
-from expert_service.native_endpoint import NativeEndpoint
+native_core()
+from expert_service.native_endpoint import NativeEndpoint  # noqa: E402 only where there is a native core
 
 SERVICE = "expertmesh.v1.ExpertService"
 METADATA = ((FINGERPRINT_KEY, "f"),)

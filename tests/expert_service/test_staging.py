@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
+from marks import needs_gpu
 
 from expert_service.staging import columns_to_device, to_device, to_host
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    pytest.param("cuda", marks=needs_gpu),
 ]
 
 

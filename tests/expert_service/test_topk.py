@@ -6,8 +6,8 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import needs_native
 
-from expert_service import topk
 from expert_service.executor import Pairs
 from expert_service.topk import Table, TableFiller, cheapest_widths, tables
 
@@ -85,7 +85,7 @@ def test_rows_of_very_different_numbers_of_pairs_are_told_apart_where_it_saves_m
     assert [table.slots.shape for table in tables(pairs.part(1950, 2100), SLOTS, 2000)] == [(65, 7)]
 
 
-@pytest.mark.skipif(topk.fill_table is None, reason="needs expertmesh-native")
+@needs_native
 @given(asked=st.one_of(columns, every_row), num_rows=st.integers(10, 11))
 def test_the_native_filler_makes_the_same_table(asked: list[tuple[int, int, float]], num_rows: int) -> None:
     pairs = as_pairs(asked)
@@ -102,7 +102,7 @@ def test_the_native_filler_makes_the_same_table(asked: list[tuple[int, int, floa
     assert numpy.array_equal(found[1].numpy(), expected[0].weights)
 
 
-@pytest.mark.skipif(topk.fill_table is None, reason="needs expertmesh-native")
+@needs_native
 @pytest.mark.parametrize(("row", "expert"), [(-1, 0), (1, 0), (0, -1), (0, 8), (0, 3)])
 def test_the_native_filler_refuses_what_is_not_there(row: int, expert: int) -> None:
     held = numpy.where(SLOTS == 3, -1, SLOTS).astype(numpy.int32)

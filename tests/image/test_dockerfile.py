@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from kubernetes_testbed import tool
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-HADOLINT = CACHE / "expertmesh" / "kubernetes" / "bin" / "hadolint"
 
 
-@pytest.mark.skipif(not HADOLINT.exists(), reason="tools/kubernetes-tools has not put hadolint into its cache")
+@pytest.mark.kubernetes
 def test_hadolint_has_nothing_to_say() -> None:
-    done = subprocess.run([HADOLINT, DOCKERFILE], capture_output=True, text=True, check=False)
+    done = subprocess.run([tool("hadolint"), DOCKERFILE], capture_output=True, text=True, check=False)
     assert (done.stdout + done.stderr, done.returncode) == ("", 0)
 
 

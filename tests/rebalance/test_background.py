@@ -15,6 +15,7 @@ def nice() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
+# elsewhere nothing gives way, as `background` says: there is nothing to test
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps nice values per thread")
 def test_lower_priority_inside_and_the_usual_one_after() -> None:
     before = nice()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from marks import native_core
 
 from router_service.latency import CEILING_S, FLOOR_S, UNKNOWN_S, Latency
 
@@ -46,7 +47,7 @@ def test_fewer_rows_than_ever_seen_get_the_time_of_more() -> None:
 
 
 def test_the_native_estimator_gives_the_same() -> None:
-    native = pytest.importorskip("expertmesh_native", reason="the native core is not built here").Latency()
+    native = native_core().Latency()
     latency, chance = Latency(), random.Random(3)
     for _ in range(500):
         rows, taken_ns = chance.choice((1, 3, 16, 900)), int(chance.expovariate(1 / 5e7))

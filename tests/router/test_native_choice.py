@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import native_core
 
 from router_service.dispatch.choice import Candidate, choose_replicas
 
-native = pytest.importorskip("expertmesh_native", reason="the native core is not built here")
+native = native_core()
 
 CANDIDATES = st.lists(st.tuples(st.frozensets(st.integers(0, 9)), st.integers(0, 30), st.integers(0, 3)), max_size=8)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from marks import native_core, needs_gpu
 from mesh import running_directory
 from scripted_replica import (
     FINGERPRINT,
@@ -31,8 +32,8 @@ from router_service.replicas import LiveReplicas
 from router_service.transport.base import Answer
 from router_service.transport.in_process import InProcessTransport
 
-pytest.importorskip("expertmesh_native", reason="the native core is not built here")
-from router_service.transport.native_transport import NativeTransport
+native_core()
+from router_service.transport.native_transport import NativeTransport  # noqa: E402 only where there is a native core
 
 EXPERTS, WIDTH = 12, 40
 EVERY = set(range(EXPERTS))
@@ -351,7 +352,7 @@ def test_closing_ends_a_step_that_waits() -> None:
         assert [answer.code for answer in pending.wait(0) if answer] == [pb.CODE_UNAVAILABLE]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_rows_on_a_gpu_come_back_there() -> None:
     with dispatching(ScriptedReplica("a", EVERY)) as made:
         rows = routed(17, torch.bfloat16)

@@ -105,11 +105,11 @@ def test_the_targets_are_those_of_most_replicas() -> None:
     given = ScalingSection(target_busy=0.3, max_up_step=3)
     raw = metrics(0.5, 0.5, 0.5, targets=given.model_dump())
     everyone = [replica(number) for number in range(3)]
-    raw["target_target_busy"][replica(1)] = [TimeStampedValue(2.0, 0.01)]
+    raw["scaling_target_busy"][replica(1)] = [TimeStampedValue(2.0, 0.01)]
     assert reported_targets(everyone, raw) == given
     assert reported_targets([replica(1)], raw) == given.model_copy(update={"target_busy": 0.01})
     for lie in (math.nan, 0.0, -1.0, 7.0, "busy"):
-        raw["target_target_busy"][replica(1)] = [TimeStampedValue(2.0, lie)]  # type: ignore[arg-type]
+        raw["scaling_target_busy"][replica(1)] = [TimeStampedValue(2.0, lie)]  # type: ignore[arg-type]
         assert reported_targets([replica(1)], raw) is None
     assert reported_targets(everyone, {}) is None
     policy = GroupPolicy("a")

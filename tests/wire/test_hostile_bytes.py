@@ -13,7 +13,8 @@ import numpy
 import pytest
 import torch
 from google.protobuf.message import DecodeError
-from mesh import group_args, needs_native
+from marks import needs_native
+from mesh import group_args
 from tiny_models import EXPERTS, make_checkpoint
 
 from expert_service.replica import Replica

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from certificates import Authority
-from mesh import divide, group_args, needs_native, running_directory
+from marks import needs_native
+from mesh import divide, group_args, running_directory
 from tiny_models import EXPERTS, make_checkpoint
 
 from expert_service.replica import Replica
