@@ -59,7 +59,7 @@ SCALING = {"target_busy": 0.6, "queue_wait_ms": 200, "up_after_s": 2, "down_afte
 PER_GROUP, UNIFORM = "per_group", "uniform"
 POLICIES = {PER_GROUP: None, UNIFORM: "benchmarks.uniform:UniformPolicy"}
 LOGICAL_CPUS, REPLICA_CPUS = 8, 0.1
-"""As Ray counts them: it starts idle workers for each. Replicas of this benchmark mostly sleep."""
+"""As Ray counts them. Replicas of this benchmark mostly sleep."""
 SEEN_EVERY_S, HELD_EVERY_S = 0.05, 1.0
 
 
