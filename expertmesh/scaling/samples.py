@@ -18,7 +18,7 @@ METRICS = ("busy", "queue_wait_ms", "rows_per_s", "queued_rows")
 TARGETS = {f"scaling_{name}": name for name in ScalingSection.model_fields}
 """Keys of `record_autoscaling_stats` -> fields of a ScalingSection."""
 ASKED = 15
-"""All replicas of a group are given the same targets; the policy asks ten times a second."""
+"""Replicas. All of a group are given the same targets, so more would cost Serve's controller time and tell no more."""
 Metrics = Mapping[str, Mapping[Any, Sequence[Any]]]
 """Ray's: name -> replica -> samples with `timestamp` and `value`, newest last."""
 
@@ -55,12 +55,13 @@ def targets_as_stats(targets: ScalingSection) -> dict[str, float]:
 
 
 def reported_targets(replicas: Iterable[Any], metrics: Metrics) -> ScalingSection | None:
-    """Those that most of the first ASKED replicas were given; None where none says, or what most say are no targets."""
-    said: Counter[tuple[float, ...]] = Counter()
-    for replica in islice(replicas, ASKED):
-        newest = [_number(series[-1].value) for key in TARGETS if (series := metrics.get(key, {}).get(replica))]
-        if len(newest) == len(TARGETS):
-            said[tuple(newest)] += 1
+    """Those that most of the first ASKED replicas that say were given; None where none says, or what most say are no
+    targets."""
+    told = (
+        tuple(_number(series[-1].value) for key in TARGETS if (series := metrics.get(key, {}).get(replica)))
+        for replica in replicas
+    )
+    said = Counter(islice((one for one in told if len(one) == len(TARGETS)), ASKED))
     if not said:
         return None
     try:

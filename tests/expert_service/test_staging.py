@@ -7,10 +7,7 @@ from marks import needs_gpu
 
 from expert_service.staging import columns_to_device, to_device, to_host
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=needs_gpu),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

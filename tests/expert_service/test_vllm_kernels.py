@@ -15,7 +15,6 @@ from expertmesh.artifact.manifest import ExpertFunction, Manifest
 
 WRITTEN_AGAINST = "0.32.0"
 
-
 pytestmark = needs_vllm_cpu
 
 SAME_LIBRARY = """

@@ -20,7 +20,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from expertmesh.config import ClusterConfig, ScalingSection
 from expertmesh.deployment import autoscaling_config
 from expertmesh.directory.client import scaling
-from expertmesh.scaling.samples import METRICS, TARGETS, Samples, reported_targets, targets_as_stats
+from expertmesh.scaling.samples import ASKED, METRICS, TARGETS, Samples, reported_targets, targets_as_stats
 from expertmesh.scaling.serve_policy import GroupPolicy
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning")
@@ -116,6 +116,20 @@ def test_the_targets_are_those_of_most_replicas() -> None:
     assert policy.decide(context(raw, 3)).asked == 5
     assert policy.decide(context({}, 3)).replicas == 3
     assert policy._targets == given, "the last that were said"
+
+
+def test_so_many_replicas_are_asked_for_targets_and_silent_ones_are_not_counted() -> None:
+    given, other = ScalingSection(target_busy=0.3), ScalingSection(target_busy=0.4)
+    replicas = [replica(number) for number in range(4 * ASKED)]
+    raw = metrics(*[0.5] * len(replicas), targets=other.model_dump())
+    for number, one in enumerate(replicas):
+        if number < ASKED:
+            del raw["scaling_target_busy"][one]
+        elif number < 2 * ASKED:
+            raw["scaling_target_busy"][one] = [TimeStampedValue(2.0, given.target_busy)]
+    assert reported_targets(replicas, raw) == given
+    assert reported_targets(replicas[ASKED + 1 :], raw) == given
+    assert reported_targets(replicas[2 * ASKED - 1 :], raw) == other
 
 
 def test_a_replica_that_says_nothing_new_falls_silent() -> None:
