@@ -142,7 +142,9 @@ def test_any_pairs_duplicates_and_rows_without_one(
     hidden_states = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2))
     columns = pairs(*([pair[i] for pair in asked] for i in range(3)))  # type: ignore[arg-type]
     result = make(held, CPU).run(3, hidden_states, columns)
-    torch.testing.assert_close(result.double(), dense(held, 3, hidden_states, columns), atol=1e-5, rtol=1e-5)
+    # terms that cancel leave the rounding errors of the terms
+    tolerance = 1e-5 * max(1.0, float(numpy.abs(columns.weights).sum()))
+    torch.testing.assert_close(result.double(), dense(held, 3, hidden_states, columns), atol=tolerance, rtol=1e-5)
     untouched = [row for row in range(5) if row not in columns.rows]
     assert not result[untouched].any()
 
