@@ -41,6 +41,8 @@ def say(text: str) -> None:
 class Tier:
     api: ServeApi
     manifest: Manifest
+    folder: Path
+    """Of its own; gone with it."""
     artifact: Path
     ports: tuple[int, int]
     ray: local_ray.LocalRay
@@ -51,18 +53,20 @@ class Tier:
         server = {"http_port": http_port, "grpc_port": grpc_port}
         return ClusterConfig.model_validate({"model": {"artifact": str(self.artifact)}, "server": server} | described)
 
-    def deploy(self, config: ClusterConfig, policy: str | None = None) -> None:
-        """Applies it, with another policy function where one is given, and waits until every group is ready."""
+    def deploy(self, config: ClusterConfig, policy: str, **kwargs: str) -> None:
+        """Applies it with this policy function, whose arguments are GroupPolicy's and `kwargs`, and waits until every
+        group is ready."""
         made = serve_config(config, self.manifest)
         made["applications"] = [one for one in made["applications"] if one["name"] != ROUTER_APPLICATION]
         for application in made["applications"]:
             for deployment in application.get("deployments", ()):
-                if policy is not None:
-                    deployment["autoscaling_config"]["policy"]["policy_function"] = policy
+                if "autoscaling_config" in deployment:
+                    chosen = deployment["autoscaling_config"]["policy"]
+                    chosen["policy_function"], chosen["policy_kwargs"] = policy, chosen["policy_kwargs"] | kwargs
         self.api.deploy(made)
-        self.wait(config)
+        self._wait(config)
 
-    def wait(self, config: ClusterConfig) -> None:
+    def _wait(self, config: ClusterConfig) -> None:
         waited_for: dict[str, str | None] = {DIRECTORY_APPLICATION: None}
         waited_for |= {experts_application(group.name): group.name for group in config.groups}
         deadline = time.monotonic() + READY_S
@@ -78,16 +82,17 @@ class Tier:
                 raise ClusterError(f"the tier is not ready within {READY_S:.0f} s")
             time.sleep(0.5)
 
-    def held(self) -> dict[str, int]:
-        """Group -> replicas that hold a device: those that start, run or stop."""
+    def states(self) -> dict[str, list[str]]:
+        """Group -> the state of each of its replicas that holds a device: that starts, runs or stops."""
         applications = self.api.details().get("applications", {})
         prefix = experts_application("")
         return {
-            name.removeprefix(prefix): sum(
-                replica["state"] in HELD
+            name.removeprefix(prefix): [
+                replica["state"]
                 for deployment in application.get("deployments", {}).values()
                 for replica in deployment.get("replicas", ())
-            )
+                if replica["state"] in HELD
+            ]
             for name, application in applications.items()
             if name.startswith(prefix)
         }
@@ -105,6 +110,6 @@ def running_tier(num_cpus: int) -> Iterator[Tier]:
             local_ray.wait_until_up(ray, RAY_START_S, lambda: None)
             http_port, grpc_port = local_ray.free_ports(2)
             api = ServeApi(ray.dashboard, ray.token)
-            yield Tier(api, read_manifest(artifact), artifact, (http_port, grpc_port), ray)
+            yield Tier(api, read_manifest(artifact), Path(folder), artifact, (http_port, grpc_port), ray)
         finally:
             processes.end(ray.marker, GRACE_S)
