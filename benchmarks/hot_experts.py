@@ -48,11 +48,11 @@ PAIR_MS = 16.0
 """Of the emulated device for one (row, expert) pair; a CPU of this machine needs some hundredth of it."""
 SLO_MS = 1000.0
 WINDOW_S = 5.0
-DURATION_S, STEP_S = 66.0, 8.0
+DURATION_S, STEP_S = 65.0, 8.0
 DRIFT_S = (20.0, 60.0)
 SHIFT_EXPERTS = 6
 """Expert e becomes as popular as e - 6 was: the fourth group becomes the hot one."""
-LOW, HIGH = 9.0, 13.4
+LOW, HIGH = 7.4, 11.0
 """Token steps per second: two and three replicas of the hot group's work."""
 PROFILE = Profile(
     duration_s=DURATION_S,
@@ -62,7 +62,7 @@ PROFILE = Profile(
     after=Skew(kind="zipf", exponent=1.0, shifts=(Shift(at_s=0, by=SHIFT_EXPERTS),)),
     drift_s=DRIFT_S,
 )
-SCALING = {"target_busy": 0.6, "queue_wait_ms": 200, "up_after_s": 2, "down_after_s": 12}
+SCALING = {"target_busy": 0.5, "queue_wait_ms": 200, "up_after_s": 2, "down_after_s": 12}
 Scaling = Literal["per_group", "uniform"]
 PER_GROUP: Scaling = "per_group"
 UNIFORM: Scaling = "uniform"

@@ -27,6 +27,8 @@ def replicas(result: dict[str, Any]) -> Spec:
     """Of each run of `hot_experts`: the load, the replicas of each group above it, and the time per output token."""
     charts: list[Spec] = []
     most = max(sum(row) for one in result["series"].values() for row in zip(*one["replicas"].values(), strict=True))
+    times = [ms for one in result["series"].values() for ms in one["p95_ms"]]
+    slowest = {"type": "log", "domain": [min(times), max(times)]}
     for name, seen in result["series"].items():
         held = [
             {"s": at, "replicas": count, "group": group}
@@ -38,11 +40,11 @@ def replicas(result: dict[str, Any]) -> Spec:
         charts += [
             _chart(TITLES[name], "replicas", held, "area", ("replicas", {"domain": [0, most]}), "group"),
             _chart("Load", "token steps per second", load, "line", ("y", {"zero": True}), None),
-            _chart("Time per output token, p95", "ms", p95, "line", ("y", {"type": "log"}), None),
+            _chart("Time per output token, p95", "ms", p95, "line", ("y", slowest), None),
         ]
     half = len(charts) // 2
     columns = [{"vconcat": charts[:half]}, {"vconcat": charts[half:]}]
-    title = f"Popularity moves half-way; {result['device']}"
+    title = f"Load steps up, then popularity moves; {result['device']}"
     return {"$schema": SCHEMA, "config": CONFIG, "background": "white", "title": title, "hconcat": columns}
 
 

@@ -30,6 +30,9 @@ def plan(
     shape: Annotated[
         str | None, typer.Option(help="Plan for a published model, or layers=32,experts=8,top_k=2,hidden=4096,…")
     ] = None,
+    directory: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of the cluster that serves the artifact, for its loads.")
+    ] = None,
     loads: Annotated[Path | None, typer.Option(help="Loads, JSON or YAML; default: the cluster's, or uniform.")] = None,
     window: Annotated[float, typer.Option(help="Of the cluster's loads, seconds.", min=1, max=600)] = 60,
     tokens_per_s: Annotated[float, typer.Option(help="Where loads are uniform.", min=1e-6)] = 1,
@@ -57,8 +60,10 @@ def plan(
     """Divide experts into groups by their loads, and show what that would bring. Changes nothing that runs.
 
     Example: expertmesh plan --groups 4 -o plan.yaml
+
+    Elsewhere: expertmesh plan --artifact ./artifact --directory 127.0.0.1:9000 --window 600
     """
-    subject = find_subject(name, artifact, config, shape)
+    subject = find_subject(name, artifact, config, shape, directory)
     known, origin = find_loads(subject, loads, window, tokens_per_s)
     busy = target_busy or (subject.config.scaling.target_busy if subject.config else 0.6)
     capacity = find_capacity(

@@ -44,8 +44,12 @@ class DeviceChoice:
     batch_rows: int
 
 
-def find_subject(name: str | None, artifact: Path | None, config: Path | None, shape: str | None) -> Subject:
+def find_subject(
+    name: str | None, artifact: Path | None, config: Path | None, shape: str | None, directory: str | None
+) -> Subject:
     """Raises an ExpertMeshError where nothing, or more than one thing, is named, or what is named is not there."""
+    if directory is not None and artifact is None and config is None:
+        raise ConfigError("plan: --directory needs --artifact or --config, whose experts' loads it knows")
     if shape is not None:
         if name or artifact or config:
             raise ConfigError("plan: --shape stands for a model that is not here; no CLUSTER, --artifact or --config")
@@ -57,7 +61,7 @@ def find_subject(name: str | None, artifact: Path | None, config: Path | None, s
             raise ConfigError(f"plan: either the cluster {name} or --artifact and --config")
         read = load_config(config) if config else None
         folder = artifact or (read.model.artifact if read else Path())
-        return _of_artifact(folder, read, None)
+        return _of_artifact(folder, read, directory)
     running = record.require(name)
     read = record.load_deployed(running).config
     return _of_artifact(read.model.artifact, read, running.directory)

@@ -92,6 +92,8 @@ def test_a_modelled_device() -> None:
         (("--shape", "mixtral-8x7b", "--objective", "gather"), "the loads hold no coactivation"),
         (("--shape", "mixtral-8x7b", "-o", "/proc/none/plan.yaml"), "/proc/none/plan.yaml: no such file or directory"),
         (("--artifact", "/absent"), "/absent: no artifact here"),
+        (("--directory", "127.0.0.1:9"), "--directory needs --artifact or --config"),
+        (("--shape", "mixtral-8x7b", "--directory", "127.0.0.1:9"), "--directory needs --artifact or --config"),
         (("name", "--artifact", "/absent"), "either the cluster name or --artifact and --config"),
     ],
 )
@@ -116,7 +118,7 @@ def test_wrong_usage(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.cluster
-def test_loads_of_the_running_cluster(cluster: Cluster, tmp_path: Path) -> None:
+def test_loads_of_the_running_cluster(cluster: Cluster, demo_artifact: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     asked = cluster.run("generate", "12+34=", "--max-tokens", "8")
     assert asked.returncode == 0, asked.stderr
@@ -126,3 +128,9 @@ def test_loads_of_the_running_cluster(cluster: Cluster, tmp_path: Path) -> None:
     assert found["loads"].startswith("observed over ")
     assert len(read_plan_file(plan).groups) == 3
     assert found["today"]["replicas"] >= 4
+    elsewhere = ("--artifact", str(demo_artifact), "--directory", cluster.directory, "--window", "600")
+    done = cluster.run("plan", *elsewhere, "--groups", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert again["loads"].startswith("observed over ") and again["today"] is None
+    assert again["planned"]["replicas"] > 0
