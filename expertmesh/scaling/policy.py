@@ -132,8 +132,14 @@ def decide(load: GroupLoad, targets: ScalingSection, bounds: Bounds, memory: Mem
         return Decision(0, 0, slept, busy, wait_ms, len(counted)), Memory(last_row_at=last_row_at)
     told_wait_ms = wait_ms if load.now - joined_at >= WAIT_WINDOW_S else 0.0
     asked, why = _asked(busy, wait_ms, told_wait_ms, load.running, targets)
-    memory = replace(
-        _remember(memory, load.now, asked, targets), running=load.running, joined_at=joined_at, last_row_at=last_row_at
+    memory = Memory(
+        since=load.now if memory.since is None else memory.since,
+        least=_kept([one for one in memory.least if one[1] < asked], load.now, asked, targets.up_after_s),
+        most=_kept([one for one in memory.most if one[1] > asked], load.now, asked, targets.down_after_s),
+        running=load.running,
+        joined_at=joined_at,
+        stepped_at=memory.stepped_at,
+        last_row_at=last_row_at,
     )
     replicas, why = _settle(load, asked, why, memory, targets)
     bounded = bounds.clip(max(1, replicas))
@@ -191,21 +197,12 @@ def _asked(busy: float, wait_ms: float, told_wait_ms: float, running: int, targe
     return max(1, min(running, math.ceil(running * max(by_busy, by_wait)))), why
 
 
-def _remember(memory: Memory, now: float, asked: int, targets: ScalingSection) -> Memory:
+def _kept(others: list[tuple[float, int]], now: float, asked: int, window_s: float) -> Asked:
     """With what is asked now, without what has become too old to matter. Of each window only those values are kept that
     may yet be its extreme (as in Lemire 2006): no more than there are different ones."""
-    least = [one for one in memory.least if one[1] < asked]
-    most = [one for one in memory.most if one[1] > asked]
-    return replace(
-        memory,
-        since=now if memory.since is None else memory.since,
-        least=_within(now, targets.up_after_s, [*least, (now, asked)]),
-        most=_within(now, targets.down_after_s, [*most, (now, asked)]),
-    )
-
-
-def _within(now: float, window_s: float, asked: list[tuple[float, int]]) -> Asked:
-    return tuple(one for one in asked if now - one[0] <= window_s)
+    while others and now - others[0][0] > window_s:
+        del others[0]
+    return (*others, (now, asked))
 
 
 def _settle(load: GroupLoad, asked: int, why: str, memory: Memory, targets: ScalingSection) -> tuple[int, str]:
