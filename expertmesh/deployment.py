@@ -17,7 +17,7 @@ from expertmesh.args import (
     experts_application,
 )
 from expertmesh.artifact.manifest import Manifest
-from expertmesh.config import ClusterConfig, EngineSection, GroupSection
+from expertmesh.config import ClusterConfig, GroupSection
 
 SERVICER_FUNCTION = "expertmesh.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"
 BOUNDS = {"min_replicas", "max_replicas"}
@@ -107,7 +107,9 @@ def _router_application(config: ClusterConfig, manifest: Manifest) -> dict[str, 
     )
     dumped = args.model_dump(mode="json", exclude={"engine": BOUNDS})
     application = _application(ROUTER_APPLICATION, "router_service.app:build", dumped)
-    deployment = {"name": ROUTER_DEPLOYMENT, **_router_bounds(config.engine)}
+    # also where both are the same: `num_replicas` in its place would restart routers once they differ
+    bounds = {"min_replicas": config.engine.min_replicas, "max_replicas": config.engine.max_replicas}
+    deployment = {"name": ROUTER_DEPLOYMENT, "autoscaling_config": bounds}
     return application | {"route_prefix": "/", "deployments": [deployment]}
 
 
@@ -125,9 +127,3 @@ def autoscaling_config(config: ClusterConfig, group: GroupSection) -> dict[str, 
         "policy": {"policy_function": POLICY, "policy_kwargs": kwargs},
         **FOLLOW_THE_POLICY,
     }
-
-
-def _router_bounds(engine: EngineSection) -> dict[str, Any]:
-    if engine.min_replicas == engine.max_replicas:
-        return {"num_replicas": engine.min_replicas}
-    return {"autoscaling_config": {"min_replicas": engine.min_replicas, "max_replicas": engine.max_replicas}}

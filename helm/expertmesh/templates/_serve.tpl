@@ -58,7 +58,7 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- define "expertmesh.routerApplication" -}}
 {{- $defaults := include "expertmesh.defaults" . | fromJson -}}
 {{- $engine := include "expertmesh.over" (list $defaults.engine .Values.cluster.engine) | fromJson -}}
-{{- $deployment := include "expertmesh.routerBounds" $engine | fromJson -}}
+{{- $bounds := dict "min_replicas" (int64 $engine.min_replicas) "max_replicas" (int64 $engine.max_replicas) -}}
 {{- $keys := ternary "/etc/expertmesh/api-keys/keys" nil .Values.apiKeys.enabled -}}
 {{- $args := dict
   "artifact" .Values.cluster.model.artifact
@@ -69,17 +69,7 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
   "api_keys" $keys -}}
 {{- $args = include "expertmesh.over" (list $defaults.routerArgs $args) | fromJson -}}
 {{- dict "name" "router" "import_path" "router_service.app:build" "route_prefix" "/" "args" $args
-  "deployments" (list (set $deployment "name" "LLMServer:Router")) | toJson -}}
-{{- end -}}
-
-{{- define "expertmesh.routerBounds" -}}
-{{- $low := int64 .min_replicas -}}
-{{- $high := int64 .max_replicas -}}
-{{- if eq $low $high -}}
-{{- dict "num_replicas" $low | toJson -}}
-{{- else -}}
-{{- dict "autoscaling_config" (dict "min_replicas" $low "max_replicas" $high) | toJson -}}
-{{- end -}}
+  "deployments" (list (dict "name" "LLMServer:Router" "autoscaling_config" $bounds)) | toJson -}}
 {{- end -}}
 
 {{/* Takes (root, group): our policy decides, within the bounds, also where both are the same. */}}
