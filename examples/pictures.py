@@ -29,6 +29,7 @@ def replicas(result: dict[str, Any]) -> Spec:
     most = max(sum(row) for one in result["series"].values() for row in zip(*one["replicas"].values(), strict=True))
     times = [ms for one in result["series"].values() for ms in one["p95_ms"]]
     slowest = {"type": "log", "domain": [min(times), max(times)]}
+    end_s = max(one["held_s"][-1] for one in result["series"].values())
     for name, seen in result["series"].items():
         held = [
             {"s": at, "replicas": count, "group": group}
@@ -42,6 +43,8 @@ def replicas(result: dict[str, Any]) -> Spec:
             _chart("Load", "token steps per second", load, "line", ("y", {"zero": True}), None),
             _chart("Time per output token, p95", "ms", p95, "line", ("y", slowest), None),
         ]
+    for chart in charts:
+        chart["encoding"]["x"]["scale"] = {"domain": [0, end_s], "nice": False}
     half = len(charts) // 2
     columns = [{"vconcat": charts[:half]}, {"vconcat": charts[half:]}]
     title = f"Load steps up, then popularity moves; {result['device']}"

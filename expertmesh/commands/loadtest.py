@@ -39,7 +39,8 @@ def about() -> None:
 def run(
     file: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="The run, a YAML file.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help=f"Directory of the results; default: {RESULTS}/NAME-TIME.", metavar="DIR")
+        Path | None,
+        typer.Option("-o", "--out", help=f"Directory of the results; default: {RESULTS}/NAME-TIME.", metavar="DIR"),
     ] = None,
     url: Annotated[str | None, typer.Option(help="The endpoint, up to and with /v1.")] = None,
     cluster: Annotated[str | None, typer.Option(help="A running cluster's name, or auto.")] = None,
