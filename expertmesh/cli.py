@@ -13,6 +13,7 @@ import expertmesh
 from expertmesh.commands.api_key import api_key
 from expertmesh.commands.config_schema import config_schema
 from expertmesh.commands.down import down
+from expertmesh.commands.fault import fault
 from expertmesh.commands.generate import generate
 from expertmesh.commands.kubernetes import kubernetes
 from expertmesh.commands.loadtest import loadtest
@@ -29,6 +30,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 for command in (up, down, status, top, plan, rebalance, simulate, generate, prepare, config_schema):
     app.command()(command)
 app.add_typer(loadtest, name="loadtest")
+app.add_typer(fault, name="fault")
 app.add_typer(kubernetes, name="kubernetes")
 app.add_typer(api_key, name="api-key")
 

@@ -1,4 +1,4 @@
-"""Faults on a schedule, on a cluster of one's own: kill, hang or slow a replica, restart the directory."""
+"""Faults on a cluster of one's own: kill, hang or slow a replica, restart the directory; at once or on a schedule."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Injector:
         self._faults = config.faults
         self._cluster = endpoint.cluster
         if config.faults:
-            self._cluster = _own(endpoint.cluster)
+            self._cluster = own(endpoint.cluster)
             _check_groups(config, self._cluster)
 
     def start(self, clock: Clock, repeat: int) -> None:
@@ -118,7 +118,8 @@ def _directory_pid(cluster: Record) -> int:
     return int(pids[0])
 
 
-def _own(cluster: Record | None) -> Record:
+def own(cluster: Record | None) -> Record:
+    """Raises ConfigError where no cluster is named or it was not started on this machine."""
     if cluster is None or cluster.marker is None:
         whose = f"cluster {cluster.name!r} was not started on this machine" if cluster else "no cluster is named"
         raise ConfigError(f"faults: {whose}; faults need one that `expertmesh up` started here")

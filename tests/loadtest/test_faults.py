@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -207,3 +209,54 @@ def test_threads_end_with_the_run(processes: Processes) -> None:
     processes.start_replica()
     inject(processes.record, 0.0, {"kind": "slow", "at_s": 0, "group": "a", "for_s": 600})
     assert not [thread for thread in threading.enumerate() if thread.name == "loadtest-fault"]
+
+
+def command(cluster: Record, state: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`expertmesh fault`, with a record of the cluster as `up` writes it."""
+    folder = state / "expertmesh" / cluster.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cluster.json").write_text(cluster.model_dump_json())
+    return subprocess.Popen(
+        [sys.executable, "-m", "expertmesh", "fault", *arguments],
+        env=os.environ | {"XDG_STATE_HOME": str(state)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_command_kills(processes: Processes, tmp_path: Path) -> None:
+    pid = processes.start_replica()
+    (replica,) = processes.replicas()
+    out, _ = command(processes.record, tmp_path, "kill", "a", "--json").communicate(timeout=PATIENCE_S)
+    assert json.loads(out) == {"kind": "kill", "target": replica.replica_id, "pid": pid, "for_s": None}
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_the_command_interrupted_lets_the_replica_run_on(processes: Processes, tmp_path: Path) -> None:
+    pid = processes.start_replica()
+    running = command(processes.record, tmp_path, "hang", "a", "--for", "600")
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 130 and said.startswith("hang for 600 s: ")
+    assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+
+
+def test_the_command_refuses(processes: Processes, tmp_path: Path) -> None:
+    pid = processes.start_replica()
+    cases: tuple[tuple[dict[str, Any], tuple[str, ...], str], ...] = (
+        ({}, ("kill", "b"), "group b has 0 replicas now, none with number 0"),
+        ({}, ("kill", "a", "--replica", "4"), "group a has 1 replicas now, none with number 4"),
+        ({"marker": None}, ("kill", "a"), "cluster 'ours' was not started on this machine"),
+        ({"marker": "another"}, ("kill", "a"), "was not started by `expertmesh up` for ours"),
+        ({"directory": "127.0.0.1:1"}, ("kill", "a"), "does not answer"),
+        ({}, ("kill", "a", "--cluster", "theirs"), "theirs"),
+    )
+    started = []
+    for number, (changed, arguments, _) in enumerate(cases):
+        started.append(command(processes.record.model_copy(update=changed), tmp_path / str(number), *arguments))
+    for refused, (_, _, said) in zip(started, cases, strict=True):
+        _, line = refused.communicate(timeout=PATIENCE_S)
+        assert refused.returncode == 1 and said in line and len(line.splitlines()) == 1, line
+    assert psutil.Process(pid).status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED}
