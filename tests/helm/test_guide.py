@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import yaml
 
 from expertmesh.cli import app
 from expertmesh.config import GroupSection
+from expertmesh.placement.shapes import shape_of
 from tools.chart.helm import CHART, ROOT, helm, objects, template, tool
 from tools.chart.values import ExpertPool
 
@@ -135,6 +137,27 @@ def test_what_can_run_here_runs(checkout: Path) -> None:
             helm("lint", "--strict", str(CHART), "-f", str(values))
     key = next(line for line in commands() if line.startswith("export OPENAI_API_KEY="))
     assert run(checkout, f"{key}; echo $OPENAI_API_KEY").startswith("em-")
+
+
+def test_a_plan_keeps_what_groups_get(tmp_path: Path) -> None:
+    """Step 9, with the values as `helm get values --all` gives them and the model's manifest alone."""
+    name, shape = shape_of("mixtral-8x7b")
+    (tmp_path / "manifest.json").write_text(shape.manifest(name).model_dump_json())
+    defaults, example = (yaml.safe_load(path.read_text())["cluster"] for path in (CHART / "values.yaml", EXAMPLE))
+    described = defaults | {key: defaults[key] | one if isinstance(one, dict) else one for key, one in example.items()}
+    (tmp_path / "running.json").write_text(json.dumps(described))
+    (command,) = (one for one in of("expertmesh") if one[1] == "plan" and "--directory" in one)
+    place = command.index("--directory")
+    command = [*command[:place], *command[place + 2 :]]
+    program = [str(Path(sys.executable).with_name("expertmesh")), *command[1:], "--json"]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "artifact" in done.stderr
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "manifest.json").rename(tmp_path / "artifact" / "manifest.json")
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    groups = json.loads(done.stdout)["plan"]["groups"]
+    assert {(one["num_gpus"], json.dumps(one["resources"])) for one in groups} == {(1.0, '{"h100": 1.0}')}
 
 
 def test_the_plan_prints_what_the_guide_quotes(checkout: Path) -> None:

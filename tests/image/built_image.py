@@ -46,7 +46,10 @@ class Image:
     ) -> Iterator[subprocess.Popen[str]]:
         """A container that ends with the context; `mounts` are read-only: path in it -> path here."""
         with tempfile.TemporaryDirectory(prefix="em-image-") as bundle:
-            (Path(bundle) / "config.json").write_text(json.dumps(self._specification(command, mounts or {})))
+            hosts = Path(bundle) / "hosts"  # kubelet and docker mount one too
+            hosts.write_text("127.0.0.1 localhost\n")
+            specification = self._specification(command, {**(mounts or {}), "/etc/hosts": hosts})
+            (Path(bundle) / "config.json").write_text(json.dumps(specification))
             run = [RUNTIME, "--root", f"{bundle}/state", "run", "--bundle", bundle, f"em-{uuid.uuid4().hex}"]
             process = subprocess.Popen(run, text=True, stdin=subprocess.DEVNULL, **streams)
             try:

@@ -123,6 +123,10 @@ imagePullSecrets:
   {{- end }}
   rayStartParams:
     {{- include "expertmesh.rayStartParams" $root | nindent 4 }}
+    {{- /* Ray's autoscaler counts GPUs only of resources whose names end in "gpu" */}}
+    {{- with dig "gpu" "count" 0 $pool }}
+    num-gpus: {{ int64 . | quote }}
+    {{- end }}
     {{- /* by this resource applications find the pool; it goes through a shell, hence the quotes */}}
     resources: {{ printf "'%s'" (dict $name 1000 | toJson) | quote }}
   template:
