@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
+
 from benchmarks.emulated_tier import Tier, running_tier, say
 from benchmarks.measure import percentile
 from benchmarks.scaling_switch import Switch
@@ -187,7 +189,11 @@ def watch_rows(live: LiveReplicas, seen: Run, over: threading.Event) -> None:
 
 def watch_replicas(tier: Tier, name: str, seen: Run, over: threading.Event) -> None:
     while not over.wait(HELD_EVERY_S):
-        states = tier.states()
+        try:
+            states = tier.states()
+        except ClusterError as error:
+            say(f"{name}: one look at the replicas failed: {error}")
+            continue
         now = time.monotonic() - seen.load.began
         held = {group: len(own) for group, own in states.items()}
         seen.held.append((now, held))
@@ -224,10 +230,12 @@ def figures(runs: dict[Scaling, Run]) -> dict[str, object]:
 
 
 def replica_seconds(held: list[tuple[float, dict[str, int]]]) -> float:
-    """By the trapezoidal rule, over the whole run; before the first look as at the first, after the last as at it."""
-    totals = [(0.0, sum(held[0][1].values())), *((now, sum(counts.values())) for now, counts in held)]
-    totals.append((max(DURATION_S, totals[-1][0]), totals[-1][1]))
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(totals))
+    """By the trapezoidal rule, over DURATION_S: before the first look as at the first, after the last as at it."""
+    times = [now for now, _ in held]
+    totals = [sum(counts.values()) for _, counts in held]
+    inside = [now for now in times if 0 < now < DURATION_S]
+    points = numpy.array([0.0, *inside, DURATION_S])
+    return float(numpy.trapezoid(numpy.interp(points, times, totals), points))
 
 
 def starts(held: list[tuple[float, dict[str, int]]]) -> int:
@@ -254,9 +262,9 @@ def attainment(steps: list[TokenStep], leave_out_s: Sequence[float] = ()) -> flo
 def reaction(seen: Run, at_s: float, group: str) -> dict[str, float]:
     """Of the group's first step up after `at_s`; raises ClusterError where there was none."""
     ups = [one.decided_at for one in seen.changes if one.group == group and one.target > one.target_before]
-    decided = sorted(when - seen.began_unix_s for when in ups if when - seen.began_unix_s >= at_s)
-    if not decided:
-        raise ClusterError(f"group {group} never grew after {at_s:g} s")
+    decided = sorted(when - seen.began_unix_s for when in ups)
+    if not decided or decided[0] < at_s:
+        raise ClusterError(f"group {group} grew before {at_s:g} s or never")
     joined = sorted(
         (when, replica) for replica, (of, when) in seen.ready_s.items() if of == group and when > decided[0]
     )

@@ -88,7 +88,7 @@ def main() -> None:
         spec = (
             replicas(json.loads(Path(given.source).read_text())) if given.which == "replicas" else experts(given.source)
         )
-    except (ExpertMeshError, OSError, ValueError, KeyError) as error:
+    except (ExpertMeshError, OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"pictures: {given.source}: {error}")
     given.target.parent.mkdir(parents=True, exist_ok=True)
     given.target.write_text(vl_convert.vegalite_to_svg(spec) + "\n")
