@@ -49,7 +49,8 @@ def find_subject(
 ) -> Subject:
     """Raises an ExpertMeshError where nothing, or more than one thing, is named, or what is named is not there."""
     if directory is not None and artifact is None and config is None:
-        raise ConfigError("plan: --directory needs --artifact or --config, whose experts' loads it knows")
+        known = f"the cluster {name} has its own directory; " if name else ""
+        raise ConfigError(f"plan: {known}--directory needs --artifact or --config, whose experts' loads it knows")
     if shape is not None:
         if name or artifact or config:
             raise ConfigError("plan: --shape stands for a model that is not here; no CLUSTER, --artifact or --config")

@@ -31,18 +31,21 @@ class History:
 
 
 class Decisions:
-    """The autoscaler of a group is stalled where it has reported before but none of its decisions has succeeded for
-    `stalled_after_s`."""
+    """The autoscaler of a group is stalled where none of its decisions has succeeded for `stalled_after_s`, or where
+    nothing has been heard of one that is expected for so long."""
 
     def __init__(self, stalled_after_s: float = STALLED_AFTER_S) -> None:
         self._stalled_after_s = stalled_after_s
         self._groups: dict[str, History] = {}
+        self._expected: dict[str, float] = {}
+        """Groups that nothing has been heard of, and since when they have been expected."""
 
     def report(self, decision: pb.ScalingDecision, now: float) -> None:
         """Raises WireError where it names no group, or one too many."""
         if not 0 < len(decision.group) <= MAX_TEXT:
             raise WireError("decision: group is empty or too long")
         history = self._groups.get(decision.group)
+        self._expected.pop(decision.group, None)
         if history is None:
             if len(self._groups) >= MAX_GROUPS:
                 raise WireError(f"decision for {decision.group}: {MAX_GROUPS} groups scale already")
@@ -55,9 +58,14 @@ class Decisions:
         if decision.target != decision.target_before:
             history.changes.append(decision)
 
+    def expect(self, live: Collection[str], now: float) -> None:
+        """These groups have replicas, so that somebody should decide for them."""
+        self._expected = {one: self._expected.get(one, now) for one in live if one not in self._groups}
+
     def forget(self, group: str) -> None:
         """The group has been removed."""
         self._groups.pop(group, None)
+        self._expected.pop(group, None)
 
     def expire(self, live: Collection[str], now: float) -> None:
         """Forgets groups of which nothing was heard for long and that have no live replica."""
@@ -66,7 +74,8 @@ class Decisions:
                 self.forget(group)
 
     def stalled(self, now: float) -> list[str]:
-        return [group for group, history in sorted(self._groups.items()) if self._stalled(history, now)]
+        known = [group for group, history in self._groups.items() if self._stalled(history, now)]
+        return sorted([*known, *self._unheard(now)])
 
     def reply(self, now: float) -> pb.ScalingReply:
         return pb.ScalingReply(
@@ -79,7 +88,18 @@ class Decisions:
                 )
                 for _, history in sorted(self._groups.items())
             ]
+            + [
+                pb.GroupScaling(
+                    last=pb.ScalingDecision(group=group, error="no decision was ever heard of"),
+                    since_success_s=-1.0,
+                    stalled=True,
+                )
+                for group in self._unheard(now)
+            ]
         )
+
+    def _unheard(self, now: float) -> list[str]:
+        return sorted(group for group, since in self._expected.items() if now - since > self._stalled_after_s)
 
     def _stalled(self, history: History, now: float) -> bool:
         since = history.first_at if history.success_at is None else history.success_at

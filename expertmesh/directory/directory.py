@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from typing import Any, Protocol
 
 from expertmesh.directory.decisions import STALLED_AFTER_S, Decisions
@@ -115,8 +115,13 @@ class Directory:
     def scaling(self) -> pb.ScalingReply:
         now = time.monotonic()
         self.registry.expire(now)
-        self.decisions.expire(self.registry.groups(), now)
+        self._expect(self.registry.groups(), now)
         return self.decisions.reply(now)
+
+    def _expect(self, live: Collection[str], now: float) -> None:
+        self.decisions.expire(live, now)
+        if self._applications is not None:
+            self.decisions.expect(live, now)
 
     async def health(self) -> dict[str, Any]:
         """`status`: "ok", or "stalled" where the autoscaler of some groups has been silent or failing for too long;
@@ -144,7 +149,7 @@ class Directory:
         now = time.monotonic()
         self.registry.expire(now)
         live = self.registry.groups()
-        self.decisions.expire(live, now)
+        self._expect(live, now)
         silent = [group for group in self.decisions.stalled(now) if group not in live]
         if not silent or self._applications is None:
             return

@@ -11,6 +11,7 @@ import numpy
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.config import GroupSection
 from expertmesh.experts import LayerExperts, format_indices
+from expertmesh.placement.arrays import Floats
 from expertmesh.placement.division import Division, Held
 
 HOT, COLD = 1.5, 0.67
@@ -30,14 +31,19 @@ def held_by(groups: Sequence[GroupSection], manifest: Manifest) -> Held:
 
 
 def sections(
-    division: Division, manifest: Manifest, template: GroupSection, most: Iterable[int], today: Sequence[GroupSection]
+    division: Division,
+    manifest: Manifest,
+    templates: Sequence[GroupSection],
+    most: Iterable[int],
+    today: Sequence[GroupSection],
 ) -> tuple[GroupSection, ...]:
-    """One section per group, in the division's order, with the resources of `template` and at `most` so many replicas.
+    """One section per group, in the division's order, with resources and targets of its template and at `most` so many
+    replicas.
 
-    A group that holds what one of today's holds keeps its name. Others are called by how hot they are and by a digest
-    of their experts, so that other experts give another name.
+    A group that holds what one of today's holds stays as it is but for `max_replicas`. Others are called by how hot
+    they are and by a digest of their experts, so that other experts give another name.
     """
-    known = {digest(group.expert_sets(manifest)): group.name for group in today}
+    known = {digest(group.expert_sets(manifest)): group for group in today}
     density = division.group_loads / numpy.maximum(division.sizes, 1)
     mean = division.group_loads.sum() / max(1.0, division.sizes.sum())
     made: list[GroupSection] = []
@@ -47,10 +53,19 @@ def sections(
         counts[kind] += 1
         experts = _experts(division.held[:, number], manifest)
         content = digest(experts)
+        template, name = templates[number], f"{kind}-{counts[kind]}-{content[:DIGEST_LENGTH]}"
+        if content in known:
+            template, name = known[content], known[content].name
         bounds = {"min_replicas": min(template.min_replicas, bound), "max_replicas": bound}
-        name = known.get(content) or f"{kind}-{counts[kind]}-{content[:DIGEST_LENGTH]}"
         made.append(template.model_copy(update={"name": name, "experts": written(experts, manifest), **bounds}))
     return tuple(made)
+
+
+def heirs(division: Division, loads: Floats, today: Sequence[GroupSection], manifest: Manifest) -> list[GroupSection]:
+    """For each group of the division that one of today's which holds most of its load; loads [L, E]."""
+    rows = division.held * numpy.nan_to_num(loads)[:, None, :]
+    theirs, ours = (held.swapaxes(0, 1).reshape(held.shape[1], -1) for held in (held_by(today, manifest), rows))
+    return [today[number] for number in (ours @ theirs.T.astype(float)).argmax(axis=1)]
 
 
 def digest(experts: LayerExperts) -> str:

@@ -22,7 +22,7 @@ MAX_LOADS_BYTES = 64 * 2**20
 """Co-activation of 61 layers with 256 experts, each with each of its layer, is about as much."""
 MAX_NESTING = 16
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-Rate = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, pydantic.Field(ge=0, le=1e15, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
 Index = Annotated[int, pydantic.Field(ge=0)]
 

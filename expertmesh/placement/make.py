@@ -13,13 +13,15 @@ from expertmesh.coverage import GIB, check_memory
 from expertmesh.errors import ConfigError
 from expertmesh.placement.comparison import Figures, PlannedGroup, eplb_figures, figures
 from expertmesh.placement.division import Division, evaluate
-from expertmesh.placement.groups import held_by, sections
+from expertmesh.placement.groups import heirs, held_by, sections
 from expertmesh.placement.loads import Loads
 from expertmesh.placement.plan import Plan, Prediction
 from expertmesh.placement.planner import Aims, divide, needed_replicas
 
 ANY_GROUP = GroupSection(name="any", experts="0")
 """Resources of groups where there are none today."""
+MAX_REPLICAS = 1_000_000
+"""Of a plan."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,14 @@ def propose(
     """Raises ConfigError where no plan is possible or reaches the target; see `divide`."""
     division = divide(manifest, loads, aims, held_by(today, manifest) if today else None)
     most = _most(division, aims, bounds)
-    template = (today[0] if today else ANY_GROUP).model_copy(update={"memory_gib": aims.memory_gib, "min_replicas": 1})
-    made = sections(division, manifest, template, most, today)
+    if division.replicas.sum() > MAX_REPLICAS:
+        raise ConfigError(
+            f"plan: {division.replicas.sum():.4g} replicas would be needed, more than {MAX_REPLICAS:,}; are the loads "
+            "and the rows per replica right?"
+        )
+    chosen = heirs(division, loads.array(manifest), today, manifest) if today else [ANY_GROUP] * len(most)
+    templates = [one.model_copy(update={"memory_gib": aims.memory_gib, "min_replicas": 1}) for one in chosen]
+    made = sections(division, manifest, templates, most, today)
     if bounds.sleep:
         made = tuple(
             one.model_copy(update={"min_replicas": 0}) if one.name.startswith("cold-") else one for one in made
@@ -106,6 +114,10 @@ def _rows(
     )
 
 
+def _runs_on(group: GroupSection) -> dict[str, object]:
+    return group.model_dump(exclude={"name", "experts", "min_replicas", "max_replicas"})
+
+
 def _remarks(
     now: Division, today: Sequence[GroupSection], planned: Figures, manifest: Manifest, aims: Aims
 ) -> list[str]:
@@ -115,8 +127,11 @@ def _remarks(
         for group, count in zip(today, now.replicas, strict=True)
         if count > group.max_replicas
     ]
-    if len({(group.num_cpus, group.num_gpus, group.emulated) for group in today}) > 1:
-        found.append(f"today's groups differ in resources; the plan's all have those of {today[0].name}")
+    if any(_runs_on(group) != _runs_on(today[0]) for group in today):
+        found.append(
+            "today's groups differ in resources or targets; each of the plan's has those of the one that holds most of "
+            "its load"
+        )
     if figures(now, manifest, aims).memory_gib <= planned.memory_gib * (1 + 1e-9):
         found.append("today's groups need no more memory x time than this plan")
     return found

@@ -40,6 +40,16 @@ class Plan(Section):
             raise ValueError(f"groups: {min(twice)!r} stands twice")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def predicted_replicas_fit(self) -> Plan:
+        most = {group.name: group.max_replicas for group in self.groups}
+        for name, count in (self.predicted.group_replicas if self.predicted else {}).items():
+            if name not in most:
+                raise ValueError(f"predicted.group_replicas: no group is called {name!r}")
+            if count > most[name]:
+                raise ValueError(f"predicted.group_replicas: {count} of {name}, whose max_replicas is {most[name]}")
+        return self
+
 
 def read_plan_file(path: Path) -> Plan:
     """Raises ConfigError with one line: the file, the key and what is wrong with it."""

@@ -34,7 +34,8 @@ def plan_for(
         observed = modelled_capacity(device, manifest, BATCH_ROWS)
     capacity = observed or assumed_capacity(loads, target, config.groups)
     memory_gib = max((group.memory_gib for group in config.groups if group.memory_gib), default=None)
-    aims = Aims(capacity.rows_per_s, target, memory_gib=memory_gib)
+    most = max(group.max_replicas for group in config.groups)
+    aims = Aims(capacity.rows_per_s, target, memory_gib=memory_gib, max_replicas=most)
     plan = propose(manifest, loads, aims, Bounds(), config.groups).plan
     rates = numpy.nan_to_num(loads.array(manifest))
     now, planned = (

@@ -105,7 +105,8 @@ def decide(load: GroupLoad, targets: ScalingSection, bounds: Bounds, memory: Mem
     asks must hold: up for `up_after_s`, down for `down_after_s` (the stabilization windows of Kubernetes' horizontal
     pod autoscaler: the least that was asked in the one, the most in the other). Steps are limited, and each waits until
     the one before can be seen. A report that is old, not a number or impossible counts as silence; a silent replica is
-    taken for as busy as the others, and without any report that counts, nothing changes.
+    taken for as busy as the others, but for less than half of the replicas' word nothing grows, and without any report
+    that counts, nothing changes.
     """
     if not load.running and not load.target:
         return _asleep(load, bounds)
@@ -132,6 +133,8 @@ def decide(load: GroupLoad, targets: ScalingSection, bounds: Bounds, memory: Mem
         return Decision(0, 0, slept, busy, wait_ms, len(counted)), Memory(last_row_at=last_row_at)
     told_wait_ms = wait_ms if load.now - joined_at >= WAIT_WINDOW_S else 0.0
     asked, why = _asked(busy, wait_ms, told_wait_ms, load.running, targets)
+    if asked > load.running and 2 * len(counted) < load.running:
+        asked, why = load.running, f"{why}, but only {len(counted)} of {load.running} replicas report"
     memory = Memory(
         since=load.now if memory.since is None else memory.since,
         least=_kept([one for one in memory.least if one[1] < asked], load.now, asked, targets.up_after_s),

@@ -55,17 +55,18 @@ def targets_as_stats(targets: ScalingSection) -> dict[str, float]:
 
 
 def reported_targets(replicas: Iterable[Any], metrics: Metrics) -> ScalingSection | None:
-    """Those that most of the first ASKED replicas that say were given; None where none says, or what most say are no
-    targets."""
+    """Those that more than half of the first ASKED replicas that say were given; None where they agree on none, or on
+    what are no targets."""
     told = (
         tuple(_number(series[-1].value) for key in TARGETS if (series := metrics.get(key, {}).get(replica)))
         for replica in replicas
     )
     said = Counter(islice((one for one in told if len(one) == len(TARGETS)), ASKED))
-    if not said:
+    agreed = [told for told, count in said.items() if 2 * count > said.total()]
+    if not agreed:
         return None
     try:
-        return ScalingSection.model_validate(dict(zip(TARGETS.values(), said.most_common(1)[0][0], strict=True)))
+        return ScalingSection.model_validate(dict(zip(TARGETS.values(), agreed[0], strict=True)))
     except pydantic.ValidationError:
         return None
 
