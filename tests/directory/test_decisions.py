@@ -43,6 +43,22 @@ def test_an_autoscaler_that_is_silent_or_fails_is_stalled() -> None:
     assert decisions.stalled(31) == ["never", "silent"]
 
 
+def test_an_autoscaler_that_was_never_heard_of_is_stalled() -> None:
+    """As after a restart of the directory, where the autoscaler has died before."""
+    decisions = Decisions(stalled_after_s=15)
+    decisions.report(decision("well"), now=0)
+    for now in range(0, 20):
+        decisions.report(decision("well"), now)
+        decisions.expect({"well", "unheard", "leaves"} if now < 10 else {"well", "unheard"}, now)
+        assert decisions.stalled(now) == ([] if now <= 15 else ["unheard"])
+    well, unheard = sorted(decisions.reply(20).groups, key=lambda one: one.stalled)
+    assert (well.last.group, unheard.last.group, unheard.stalled) == ("well", "unheard", True)
+    assert unheard.last.error == "no decision was ever heard of" and unheard.since_success_s == -1
+    decisions.report(decision("unheard"), now=21)
+    decisions.expect({"well", "unheard"}, 21)
+    assert decisions.stalled(21) == []
+
+
 def test_groups_that_have_gone_are_forgotten() -> None:
     decisions = Decisions()
     for group in "abc":

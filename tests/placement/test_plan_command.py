@@ -94,6 +94,11 @@ def test_a_modelled_device() -> None:
         (("--artifact", "/absent"), "/absent: no artifact here"),
         (("--directory", "127.0.0.1:9"), "--directory needs --artifact or --config"),
         (("--shape", "mixtral-8x7b", "--directory", "127.0.0.1:9"), "--directory needs --artifact or --config"),
+        (("mine", "--directory", "127.0.0.1:9"), "the cluster mine has its own directory"),
+        (
+            ("--shape", "mixtral-8x7b", "--rows-per-replica", "1e-6", "--tokens-per-s", "1000"),
+            "replicas would be needed",
+        ),
         (("name", "--artifact", "/absent"), "either the cluster name or --artifact and --config"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from expertmesh.placement.arrays import Floats
 from expertmesh.placement.division import evaluate, fill
 from expertmesh.placement.loads import Loads, pair_matrix
 from expertmesh.placement.make import Bounds, propose
-from expertmesh.placement.plan import check_plan
+from expertmesh.placement.plan import Plan, check_plan
 from expertmesh.placement.planner import Aims, cost, divide
 
 
@@ -187,6 +189,36 @@ def test_resources_and_bounds_are_taken_over() -> None:
     )
     assert made.plan.predicted is not None
     assert made.plan.predicted.group_replicas == {one.name: one.replicas for one in made.groups}
+
+
+def test_each_group_inherits_from_the_one_that_holds_most_of_its_load() -> None:
+    array = numpy.array([[100.0, 90.0, 80.0, 70.0, 1.0, 1.0, 1.0, 1.0]])
+    some: dict[str, Any] = {"max_replicas": 9, "scaling": {"target_busy": 0.3}, "resources": {"h100": 1}}
+    today = (
+        GroupSection.model_validate({"name": "a", "experts": "0-3", **some}),
+        GroupSection.model_validate({"name": "b", "experts": "4-7", "scaling": {"target_busy": 0.9}}),
+    )
+    made = propose(manifest({0: 8}), loads_of(array), Aims(50.0, groups=4), Bounds(), today)
+    for one in made.plan.groups:
+        hot = min(one.expert_sets(manifest({0: 8}))[0]) < 4
+        assert one.scaling == today[not hot].scaling and one.resources == today[not hot].resources
+    assert any("differ in resources or targets" in remark for remark in made.remarks)
+    sleepy = tuple(one.model_copy(update={"min_replicas": 0, "num_cpus": 2}) for one in made.plan.groups)
+    same = propose(manifest({0: 8}), loads_of(array), Aims(50.0, groups=4), Bounds(), sleepy)
+    assert same.plan.groups == sleepy
+
+
+def test_predicted_replicas_are_of_the_plans_groups_and_within_their_bounds() -> None:
+    plan = propose(manifest({0: 4}), loads_of(numpy.ones((1, 4))), Aims(100.0, groups=2), Bounds()).plan.model_dump()
+    for wrong, said in (({"nosuch": 1}, "no group is called 'nosuch'"), ({plan["groups"][0]["name"]: 99}, "99 of")):
+        plan["predicted"]["group_replicas"] = wrong
+        with pytest.raises(ValueError, match=said):
+            Plan.model_validate(plan)
+
+
+def test_a_plan_of_too_many_replicas() -> None:
+    with pytest.raises(ConfigError, match=r"plan: 1\.\d+e\+12 replicas would be needed, more than 1,000,000"):
+        propose(manifest({0: 4}), loads_of(numpy.full((1, 4), 2.5e11)), Aims(1.0), Bounds())
 
 
 def test_todays_groups_may_be_as_good() -> None:

@@ -251,6 +251,18 @@ def test_without_a_report_that_counts_nothing_changes(reports: list[ReplicaLoad]
     assert first(load, within=Bounds(0, 30)).replicas == target
 
 
+def test_the_word_of_few_replicas_grows_no_group() -> None:
+    liar, target = busy(1.0, queue_wait_ms=1e6), 50
+    memory = settled(group(liar, running=50))
+    for now in range(1000, 1300):
+        load = group(liar, now=float(now), running=target, target=target)
+        decision, memory = decide(load, ScalingSection(), Bounds(1, 1000), memory)
+        target = decision.replicas
+    assert target == 50 and "only 1 of 50 replicas report" in decision.reason
+    assert first(group(liar, running=2)).asked == 4, "half of them is enough"
+    assert first(group(busy(0.1), running=50)).asked < 50, "a group may shrink"
+
+
 def test_the_memory_stays_small() -> None:
     wanted, memory = ScalingSection(down_after_s=86400), Memory()
     for tenths in range(20_000):

@@ -112,6 +112,8 @@ def test_the_targets_are_those_of_most_replicas() -> None:
         raw["scaling_target_busy"][replica(1)] = [TimeStampedValue(2.0, lie)]  # type: ignore[arg-type]
         assert reported_targets([replica(1)], raw) is None
     assert reported_targets(everyone, {}) is None
+    raw["scaling_target_busy"][replica(1)] = [TimeStampedValue(2.0, 0.01)]
+    assert reported_targets(everyone[:2], raw) is None, "one says this, the other that"
     policy = GroupPolicy("a")
     assert policy.decide(context(raw, 3)).asked == 5
     assert policy.decide(context({}, 3)).replicas == 3
