@@ -31,6 +31,7 @@
 {{- fail "cluster.groups: has no group of experts" -}}
 {{- end -}}
 {{- $ports := $cluster.server.replica_ports -}}
+{{- $rayPorts := include "expertmesh.rayPorts" $ | fromJson -}}
 {{- if gt (int64 (index $ports 0)) (int64 (index $ports 1)) -}}
 {{- fail (printf "cluster.server.replica_ports: %v does not ascend" $ports) -}}
 {{- end -}}
@@ -39,11 +40,22 @@
 {{- if and (ge $port (int64 (index $ports 0))) (le $port (int64 (index $ports 1))) -}}
 {{- fail (printf "cluster.server.%s: %d lies within replica_ports" $key $port) -}}
 {{- end -}}
-{{- range $what, $taken := include "expertmesh.rayPorts" $ | fromJson -}}
+{{- range $what, $taken := $rayPorts -}}
 {{- if eq $port (int64 $taken) -}}
 {{- fail (printf "cluster.server.%s: %d is Ray's own (%s)" $key $port $what) -}}
 {{- end -}}
 {{- end -}}
+{{- if and (ge $port (int64 $rayPorts.minWorker)) (le $port (int64 $rayPorts.maxWorker)) -}}
+{{- fail (printf "cluster.server.%s: %d is one of those of Ray's workers" $key $port) -}}
+{{- end -}}
+{{- end -}}
+{{- range $what, $taken := $rayPorts -}}
+{{- if and (ge (int64 $taken) (int64 (index $ports 0))) (le (int64 $taken) (int64 (index $ports 1))) -}}
+{{- fail (printf "cluster.server.replica_ports: %v hold %d, which is Ray's own (%s)" $ports (int64 $taken) $what) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (ge (int64 (index $ports 0)) (int64 $rayPorts.minWorker)) (le (int64 (index $ports 0)) (int64 $rayPorts.maxWorker)) -}}
+{{- fail (printf "cluster.server.replica_ports: %v lie among those of Ray's workers" $ports) -}}
 {{- end -}}
 {{- if eq (int64 $cluster.server.http_port) (int64 $cluster.server.grpc_port) -}}
 {{- fail (printf "cluster.server: http_port and grpc_port are both %d" (int64 $cluster.server.http_port)) -}}
