@@ -258,3 +258,24 @@ def test_kubectl_agrees(release: Release) -> None:
         timeout=60,
     )
     assert done.stdout.strip() == "no"
+
+
+def test_an_upgrade_takes_back_what_a_patch_changed(release: Release) -> None:
+    """`expertmesh kubernetes scale` owns the field it patched: Helm, which applies on the server, must be told to."""
+    release.install()
+    first = release.get("rayservice", NAME)["spec"]["serveConfigV2"]
+    patched = json.dumps({"spec": {"serveConfigV2": first.replace("max_replicas: 2", "max_replicas: 4", 1)}})
+    where = ("-n", release.namespace, "--type", "merge", "--field-manager", "expertmesh", "-p", patched)
+    release.server.kubectl("patch", "rayservice", NAME, *where)
+    changed = release.get("rayservice", NAME)["spec"]["serveConfigV2"]
+    assert changed != first
+    with pytest.raises(AssertionError, match=r'conflict with "expertmesh" using ray.io/v1: .spec.serveConfigV2'):
+        release.upgrade("--set", "cluster.groups[0].max_replicas=5")
+    assert release.get("rayservice", NAME)["spec"]["serveConfigV2"] == changed
+    release.upgrade("--set", "cluster.groups[0].max_replicas=5", "--force-conflicts")
+    assert "max_replicas: 5" in release.get("rayservice", NAME)["spec"]["serveConfigV2"]
+    release.upgrade()
+    assert release.get("rayservice", NAME)["spec"]["serveConfigV2"] == first, "it is Helm's again"
+    release.server.kubectl("patch", "rayservice", NAME, *where)
+    release.helm("rollback", "1", "--force-conflicts")
+    assert release.get("rayservice", NAME)["spec"]["serveConfigV2"] == first
