@@ -127,7 +127,10 @@ GROUP = "cluster.groups[0]"
         ({"cluster.server.grpc_port": "8000"}, "cluster.server: http_port and grpc_port are both 8000"),
         ({"cluster.server.grpc_port": "50052"}, "cluster.server.grpc_port: 50052 lies within replica_ports"),
         ({"cluster.server.http_port": "10500"}, "cluster.server.http_port: 10500 is one of those of Ray's workers"),
-        ({"cluster.server.replica_ports": "{9990,10005}"}, "replica_ports: [9990 10005] hold 10001, which is Ray's own"),
+        (
+            {"cluster.server.replica_ports": "{9990,10005}"},
+            "replica_ports: [9990 10005] hold 10001, which is Ray's own",
+        ),
         ({"cluster.server.replica_ports": "{52360,52366}"}, "replica_ports: [52360 52366] hold 5236"),
         ({"cluster.server.replica_ports": "{11000,11050}"}, "lie among those of Ray's workers"),
         ({"cluster.server.http_port": "8265"}, "cluster.server.http_port: 8265 is Ray's own (dashboard)"),
