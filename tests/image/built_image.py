@@ -16,6 +16,7 @@ from typing import Any
 
 TAG = os.environ.get("IMAGE_TAG", "expertmesh:cpu")
 RUNTIME = "runc"
+HOSTNAME = "expertmesh-image"
 STORAGE = os.environ.get("IMAGE_STORAGE")
 
 
@@ -47,7 +48,7 @@ class Image:
         """A container that ends with the context; `mounts` are read-only: path in it -> path here."""
         with tempfile.TemporaryDirectory(prefix="em-image-") as bundle:
             hosts = Path(bundle) / "hosts"  # kubelet and docker mount one too
-            hosts.write_text("127.0.0.1 localhost\n")
+            hosts.write_text(f"127.0.0.1 localhost {HOSTNAME}\n")
             specification = self._specification(command, {**(mounts or {}), "/etc/hosts": hosts})
             (Path(bundle) / "config.json").write_text(json.dumps(specification))
             run = [RUNTIME, "--root", f"{bundle}/state", "run", "--bundle", bundle, f"em-{uuid.uuid4().hex}"]
@@ -68,6 +69,7 @@ class Image:
         ours = [{"destination": to, "source": str(path), "options": ["rbind", "ro"]} for to, path in mounts.items()]
         return {
             "ociVersion": "1.0.2",
+            "hostname": HOSTNAME,
             "process": {
                 "user": {"uid": uid, "gid": gid},
                 "args": [*command],
