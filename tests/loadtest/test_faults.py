@@ -237,7 +237,7 @@ def test_the_command_interrupted_lets_the_replica_run_on(processes: Processes, t
     pid = processes.start_replica()
     running = command(processes.record, tmp_path, "hang", "a", "--for", "600")
     until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(signal.SIGTERM)
     _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130 and said.startswith("hang for 600 s: ")
     assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
