@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy
 
 from expertmesh.artifact.manifest import Manifest
-from expertmesh.config import ClusterConfig
+from expertmesh.config import ClusterConfig, GroupSection
 from expertmesh.placement.capacity import Capacity, assumed_capacity, modelled_capacity
 from expertmesh.placement.division import evaluate
 from expertmesh.placement.groups import held_by
 from expertmesh.placement.loads import check_loads, observed_loads
 from expertmesh.placement.make import Bounds, propose
+from expertmesh.placement.plan import Plan
 from expertmesh.placement.planner import Aims, cost
 from expertmesh.rebalance.watch import Planned
 from expertmesh.v1 import directory_pb2
@@ -34,9 +37,8 @@ def plan_for(
         observed = modelled_capacity(device, manifest, BATCH_ROWS)
     capacity = observed or assumed_capacity(loads, target, config.groups)
     memory_gib = max((group.memory_gib for group in config.groups if group.memory_gib), default=None)
-    most = max(group.max_replicas for group in config.groups)
-    aims = Aims(capacity.rows_per_s, target, memory_gib=memory_gib, max_replicas=most)
-    plan = propose(manifest, loads, aims, Bounds(), config.groups).plan
+    aims = Aims(capacity.rows_per_s, target, memory_gib=memory_gib)
+    plan = _bounded(propose(manifest, loads, aims, Bounds(), config.groups).plan, config.groups)
     rates = numpy.nan_to_num(loads.array(manifest))
     now, planned = (
         evaluate(held_by(groups, manifest), rates, aims.capacity) for groups in (config.groups, plan.groups)
@@ -48,3 +50,14 @@ def plan_for(
         balancedness_now=float(now.balancedness.mean()),
         balancedness_planned=float(planned.balancedness.mean()),
     )
+
+
+def _bounded(plan: Plan, today: Sequence[GroupSection]) -> Plan:
+    """No group may grow beyond the most that one of today's may, unless these loads need it already."""
+    most = max(group.max_replicas for group in today)
+    needed = plan.predicted.group_replicas if plan.predicted else {}
+    groups = [
+        one.model_copy(update={"max_replicas": max(needed.get(one.name, 1), min(one.max_replicas, most))})
+        for one in plan.groups
+    ]
+    return plan.model_copy(update={"groups": tuple(groups)})

@@ -57,7 +57,8 @@ def test_observes_then_applies_then_waits(skewed: Mesh) -> None:
     assert applied.action == "applied", applied.text
     source, groups = skewed.deployed()
     assert source == "expertmesh rebalance --watch" and set(skewed.running()) == groups != {"a", "b"}
-    assert acting.look().action == "wait"
+    again = acting.look()
+    assert again.action == "wait", again.text
     assert controller(skewed, observe=False).look().action == "wait", (
         "a new process knows of the cool-down or is content"
     )
