@@ -142,11 +142,11 @@ class Completion:
                 for data in events.feed(received):
                     if answer.add(data):
                         self._times.append(now)
-                if answer.error is not None:
-                    return "server_error", answer.error
-                if limit is not None and len(self._times) >= limit and not answer.finished:
-                    response.close()
-                    return "cancelled", ""
+                    if answer.error is not None:
+                        return "server_error", answer.error
+                    if limit is not None and len(self._times) >= limit and not answer.finished:
+                        response.close()
+                        return "cancelled", ""
         if not self._times:
             raise WireError("an answer without a token")
         if not answer.finished:

@@ -61,10 +61,10 @@ def sections(
     return tuple(made)
 
 
-def heirs(division: Division, loads: Floats, today: Sequence[GroupSection], manifest: Manifest) -> list[GroupSection]:
-    """For each group of the division that one of today's which holds most of its load; loads [L, E]."""
+def heirs(division: Division, loads: Floats, today: Sequence[GroupSection], held: Held) -> list[GroupSection]:
+    """For each group of the division that one of today's which holds most of its load; loads [L, E], `held` today's."""
     rows = division.held * numpy.nan_to_num(loads)[:, None, :]
-    theirs, ours = (held.swapaxes(0, 1).reshape(held.shape[1], -1) for held in (held_by(today, manifest), rows))
+    theirs, ours = (one.swapaxes(0, 1).reshape(one.shape[1], -1) for one in (held, rows))
     return [today[number] for number in (ours @ theirs.T.astype(float)).argmax(axis=1)]
 
 

@@ -12,7 +12,7 @@ from expertmesh.config import GroupSection
 from expertmesh.coverage import GIB, check_memory
 from expertmesh.errors import ConfigError
 from expertmesh.placement.comparison import Figures, PlannedGroup, eplb_figures, figures
-from expertmesh.placement.division import Division, evaluate
+from expertmesh.placement.division import Division, Held, evaluate
 from expertmesh.placement.groups import heirs, held_by, sections
 from expertmesh.placement.loads import Loads
 from expertmesh.placement.plan import Plan, Prediction
@@ -47,14 +47,15 @@ def propose(
     manifest: Manifest, loads: Loads, aims: Aims, bounds: Bounds, today: Sequence[GroupSection] = ()
 ) -> Proposal:
     """Raises ConfigError where no plan is possible or reaches the target; see `divide`."""
-    division = divide(manifest, loads, aims, held_by(today, manifest) if today else None)
+    held = held_by(today, manifest) if today else None
+    division = divide(manifest, loads, aims, held)
     most = _most(division, aims, bounds)
     if division.replicas.sum() > MAX_REPLICAS:
         raise ConfigError(
             f"plan: {division.replicas.sum():.4g} replicas would be needed, more than {MAX_REPLICAS:,}; are the loads "
             "and the rows per replica right?"
         )
-    chosen = heirs(division, loads.array(manifest), today, manifest) if today else [ANY_GROUP] * len(most)
+    chosen = [ANY_GROUP] * len(most) if held is None else heirs(division, loads.array(manifest), today, held)
     templates = [one.model_copy(update={"memory_gib": aims.memory_gib, "min_replicas": 1}) for one in chosen]
     made = sections(division, manifest, templates, most, today)
     if bounds.sleep:
@@ -62,7 +63,7 @@ def propose(
             one.model_copy(update={"min_replicas": 0}) if one.name.startswith("cold-") else one for one in made
         )
     planned = figures(division, manifest, aims)
-    now = _today(manifest, loads, aims, today) if today else None
+    now = None if held is None else _today(manifest, loads, aims, today, held)
     predicted = Prediction(
         **planned.model_dump(include=Prediction.model_fields.keys() - {"group_replicas"}),
         group_replicas={one.name: int(count) for one, count in zip(made, division.replicas, strict=True)},
@@ -81,10 +82,10 @@ def propose(
     )
 
 
-def _today(manifest: Manifest, loads: Loads, aims: Aims, today: Sequence[GroupSection]) -> Division:
+def _today(manifest: Manifest, loads: Loads, aims: Aims, today: Sequence[GroupSection], held: Held) -> Division:
     known = numpy.nan_to_num(loads.array(manifest))
     least = numpy.array([float(group.min_replicas) for group in today])
-    return evaluate(held_by(today, manifest), known, aims.capacity, least)
+    return evaluate(held, known, aims.capacity, least)
 
 
 def _most(division: Division, aims: Aims, bounds: Bounds) -> list[int]:

@@ -62,7 +62,7 @@ def reported_targets(replicas: Iterable[Any], metrics: Metrics) -> ScalingSectio
         for replica in replicas
     )
     said = Counter(islice((one for one in told if len(one) == len(TARGETS)), ASKED))
-    agreed = [told for told, count in said.items() if 2 * count > said.total()]
+    agreed = [one for one, count in said.items() if 2 * count > said.total()]
     if not agreed:
         return None
     try:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -76,8 +75,7 @@ def test_cancelled_requests_hang_up_and_the_server_notices(stub: StubServer) -> 
     found = Counter(record.status for record in run.records)
     assert set(found) == {"ok", "cancelled"}
     assert found["cancelled"] / len(run.records) == pytest.approx(0.5, abs=0.2)
-    tokens = [len(record.token_times) for record in run.records if record.status == "cancelled"]
-    assert min(tokens) == statistics.median(tokens) == 2, "a read may bring one token more"
+    assert {len(record.token_times) for record in run.records if record.status == "cancelled"} == {2}
     assert judge(run, config_for(stub.url, poisson(40, 3))).figures.due == found["ok"]
 
 
