@@ -31,6 +31,7 @@ NAMES = (
     "hot_experts",
     "load_cost",
     "rebalance",
+    "chaos",
     "planner",
     "simulation_error",
 )

@@ -23,13 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
-import torch
-from safetensors.torch import load_file, save_file
 
 from benchmarks.measure import percentile
+from benchmarks.streamed import Answer, complete, differing, expectations, make_artifact, wake_at_once
 from examples import demo
 from expertmesh.artifact.manifest import read_manifest
-from expertmesh.artifact.prepare import prepare
 from expertmesh.cluster import launch, local_ray, record
 from expertmesh.cluster.record import Record
 from expertmesh.commands.up import bring_up
@@ -50,17 +48,23 @@ READY_S = 600.0
 class Run:
     """What the clients saw."""
 
-    gaps_s: list[float] = field(default_factory=list)
-    """Between two pieces of one answer."""
-    first_token_s: list[float] = field(default_factory=list)
-    answers: dict[int, list[list[int]]] = field(default_factory=dict)
-    """Prompt -> the tokens of each answer to it."""
+    answers: list[Answer] = field(default_factory=list)
+    """Whole ones."""
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
-        return sum(len(answer) for answers in self.answers.values() for answer in answers)
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between two pieces of one answer."""
+        return [length for answer in self.answers for _, length in answer.gaps()]
+
+    @property
+    def first_token_s(self) -> list[float]:
+        return [answer.pieces[0][0] - answer.sent for answer in self.answers]
 
     @property
     def stall_ms(self) -> float:
@@ -69,7 +73,7 @@ class Run:
 
 def run(cluster: str | None) -> dict[str, object]:
     """`cluster` is not used: it starts its own."""
-    artifact = make_artifact()
+    artifact = make_artifact(WORK)
     started = bring_up(launch.read_plan(write_config(artifact)), None, READY_S)
     try:
         at_once = wake_at_once()
@@ -83,44 +87,23 @@ def run(cluster: str | None) -> dict[str, object]:
     return figures(without, {"there": there, "back": back}) | {"client_wakes_at_once": at_once}
 
 
-def wake_at_once() -> bool:
-    """Real-time priority for this process, the clients, where that is allowed: what is measured shall be when the
-    server sent, not when a busy machine let the client read. What it starts has the usual priority."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-    except PermissionError:
-        return False
-    return True
-
-
 def figures(without: Run, changes: dict[str, Run]) -> dict[str, object]:
-    expected = {prompt: answers[0] for prompt, answers in without.answers.items()}
+    expected = expectations(without.answers)
     runs = {"without": without, **changes}
     return {
         "failed_requests": sum(len(one.failures) for one in changes.values()),
         "stall_ms": round(max(one.stall_ms for one in changes.values()), 1),
-        "tokens_differing": sum(differing(one, expected) for one in changes.values()),
+        "tokens_differing": sum(differing(one.answers, expected) for one in changes.values()),
         "stall_ms_without": round(without.stall_ms, 1),
-        "tokens_differing_without": differing(without, expected),
+        "tokens_differing_without": differing(without.answers, expected),
         "gap_p99_ms": {name: round(1e3 * percentile(one.gaps_s, 0.99), 1) for name, one in runs.items()},
         "longest_gap_ms": {name: round(1e3 * max(one.gaps_s), 1) for name, one in runs.items()},
         "longest_first_token_ms": {name: round(1e3 * max(one.first_token_s), 1) for name, one in runs.items()},
         "tokens_per_s": {name: round(one.tokens / one.seconds, 1) for name, one in runs.items()},
-        "answers": {name: sum(map(len, one.answers.values())) for name, one in runs.items()},
+        "answers": {name: len(one.answers) for name, one in runs.items()},
         "rebalance_s": {name: round(one.seconds - SETTLE_S, 1) for name, one in changes.items()},
         "failures": {name: one.failures[:3] for name, one in runs.items() if one.failures},
     }
-
-
-def differing(run: Run, expected: dict[int, list[int]]) -> int:
-    """Tokens from the first that differs on, over all answers."""
-    total = 0
-    for prompt, answers in run.answers.items():
-        wanted = expected[prompt]
-        for answer in answers:
-            same = next((at for at, (a, b) in enumerate(zip(answer, wanted, strict=False)) if a != b), None)
-            total += abs(len(answer) - len(wanted)) if same is None else len(wanted) - same
-    return total
 
 
 async def load(target: Record, prompts: Sequence[str], until: Awaitable[object]) -> Run:
@@ -152,44 +135,12 @@ async def _client(
     while not ended.is_set():
         prompt = turn % len(prompts)
         turn += 1
-        try:
-            found.answers.setdefault(prompt, []).append(await _answer(session, target, prompts[prompt], found))
-        except (aiohttp.ClientError, ClusterError, TimeoutError) as error:
-            found.failures.append(f"{type(error).__name__}: {error}")
+        answer = await complete(session, target, prompts, prompt, MAX_TOKENS)
+        if answer.done:
+            found.answers.append(answer)
+        else:
+            found.failures.append(answer.failure or answer.refused)
             await asyncio.sleep(0.1)
-
-
-async def _answer(session: aiohttp.ClientSession, target: Record, prompt: str, found: Run) -> list[int]:
-    body = {
-        "model": target.model,
-        "prompt": prompt,
-        "max_tokens": MAX_TOKENS,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
-    tokens: list[int] = []
-    last = time.perf_counter()
-    async with session.post(f"{target.http}/v1/completions", json=body) as response:
-        if response.status != 200:
-            raise ClusterError(f"{response.status} {(await response.text())[:200]}")
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            chunk = json.loads(line.removeprefix(b"data: "))
-            if "choices" not in chunk:
-                raise ClusterError(line.decode()[:200])
-            new = [token for choice in chunk["choices"] for token in choice.get("token_ids") or ()]
-            if not new:
-                continue
-            now = time.perf_counter()
-            (found.gaps_s if tokens else found.first_token_s).append(now - last)
-            tokens += new
-            last = now
-    if len(tokens) != MAX_TOKENS:
-        raise ClusterError(f"an answer of {len(tokens)} tokens instead of {MAX_TOKENS}")
-    return tokens
 
 
 async def change(plan: Path) -> None:
@@ -200,22 +151,6 @@ async def change(plan: Path) -> None:
     if await process.wait():
         raise ClusterError(f"{' '.join(command[2:])} ended with {process.returncode}")
     await asyncio.sleep(SETTLE_S / 2)
-
-
-def make_artifact() -> Path:
-    """The demo's checkpoint in fp32 and its artifact, made where they are not there yet."""
-    checkpoint, artifact = WORK / "checkpoint", WORK / "artifact"
-    if not (artifact / "manifest.json").exists():
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        for path in demo.CHECKPOINT.glob("*.json"):
-            (checkpoint / path.name).write_bytes(path.read_bytes())
-        config = json.loads((demo.CHECKPOINT / "config.json").read_text()) | {"dtype": "float32"}
-        (checkpoint / "config.json").write_text(json.dumps(config))
-        tensors = load_file(demo.CHECKPOINT / "model.safetensors")
-        wide = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-        save_file(wide, checkpoint / "model.safetensors", metadata={"format": "pt"})
-        prepare(checkpoint, artifact)
-    return artifact
 
 
 def write_config(artifact: Path) -> Path:

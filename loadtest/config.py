@@ -283,17 +283,17 @@ class Fault(Section):
     """Done to a cluster that this machine's `expertmesh up` started."""
 
     at_s: Instant
-    kind: Literal["kill", "hang", "slow", "restart_directory"]
+    kind: Literal["kill", "hang", "slow", "partition", "restart_directory"]
     group: str | None = pydantic.Field(None, description="Whose replica; not of restart_directory.")
     replica: int = pydantic.Field(0, ge=0, description="Which, in the order of their ids.")
-    for_s: Seconds | None = pydantic.Field(None, description="Length of a hang or a slow spell.")
+    for_s: Seconds | None = pydantic.Field(None, description="Length of a hang, a slow spell or a partition.")
     factor: float = pydantic.Field(4, gt=1, le=100, description="Of slow: how many times slower.")
 
     @pydantic.model_validator(mode="after")
     def fits_kind(self) -> Fault:
         if (self.group is None) != (self.kind == "restart_directory"):
             raise ValueError(f"{self.kind}: group: {'is missing' if self.group is None else 'has none'}")
-        if (self.for_s is None) == (self.kind in {"hang", "slow"}):
+        if (self.for_s is None) == (self.kind in {"hang", "slow", "partition"}):
             raise ValueError(f"{self.kind}: for_s: {'is missing' if self.for_s is None else 'has none'}")
         return self
 

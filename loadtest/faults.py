@@ -1,4 +1,5 @@
-"""Faults on a cluster of one's own: kill, hang or slow a replica, restart the directory; at once or on a schedule."""
+"""Faults on a cluster of one's own: kill, hang, slow or cut off a replica, restart the directory; at once or on a
+schedule."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 
 import psutil
 
@@ -17,6 +19,7 @@ from expertmesh.directory.client import list_table
 from expertmesh.errors import ClusterError, ConfigError
 from loadtest.config import Fault, RunConfig
 from loadtest.endpoint import Endpoint
+from loadtest.partition import cut_off
 from loadtest.records import FaultRecord
 from loadtest.target import Clock
 
@@ -56,18 +59,34 @@ class Injector:
             return
         at_s, target, error = clock.now(), fault.group or "directory", ""
         try:
-            target, process = find_process(fault, self._cluster)
-            inflict(fault, process, self._stop)
+            victim = find_victim(fault, self._cluster)
+            target = victim.name
+            inflict(fault, victim, self._stop)
         except (ClusterError, psutil.Error) as failure:
             error = str(failure)
         until_s = clock.now() if fault.for_s is not None and not error else None
         self._done.append(FaultRecord(repeat, at_s, fault.kind, target, until_s, error))
 
 
-def inflict(fault: Fault, process: psutil.Process, stop: threading.Event) -> None:
-    """Returns when the fault is over or `stop` is set, with the process running; raises psutil.Error if it is gone."""
+@dataclass(frozen=True)
+class Victim:
+    name: str
+    """Id of a replica, or `directory`."""
+    process: psutil.Process
+    port: int | None = None
+    """Where a replica listens."""
+
+
+def inflict(fault: Fault, victim: Victim, stop: threading.Event) -> None:
+    """Returns when the fault is over or `stop` is set, with the process running; raises psutil.Error if it is gone and
+    ClusterError where a partition is not allowed."""
+    process = victim.process
     if fault.for_s is None:
         process.kill()
+        return
+    if fault.kind == "partition" and victim.port is not None:
+        with cut_off(victim.port):
+            stop.wait(fault.for_s)
         return
     ends_at = time.monotonic() + fault.for_s
     try:
@@ -84,8 +103,9 @@ def inflict(fault: Fault, process: psutil.Process, stop: threading.Event) -> Non
             process.send_signal(signal.SIGCONT)
 
 
-def find_process(fault: Fault, cluster: Record) -> tuple[str, psutil.Process]:
-    """Whom the fault hits, and its process; raises ClusterError where it is not there or not the cluster's own."""
+def find_victim(fault: Fault, cluster: Record) -> Victim:
+    """Whom the fault hits; raises ClusterError where it is not there or not the cluster's own."""
+    port = None
     if fault.kind == "restart_directory":
         target, pid = "directory", _directory_pid(cluster)
     else:
@@ -95,7 +115,7 @@ def find_process(fault: Fault, cluster: Record) -> tuple[str, psutil.Process]:
                 f"group {fault.group} has {len(replicas)} replicas now, none with number {fault.replica}"
             )
         replica = sorted(replicas, key=lambda one: one.replica_id)[fault.replica]
-        target, pid = replica.replica_id, replica.pid
+        target, pid, port = replica.replica_id, replica.pid, int(replica.address.rpartition(":")[2])
     if pid == os.getpid():
         raise ClusterError(f"{target} is the load test's own process")
     try:
@@ -105,7 +125,7 @@ def find_process(fault: Fault, cluster: Record) -> tuple[str, psutil.Process]:
         raise ClusterError(f"{target}: process {pid} is not one of ours on this machine") from None
     if not ours:
         raise ClusterError(f"{target}: process {pid} was not started by `expertmesh up` for {cluster.name}")
-    return target, process
+    return Victim(target, process, port)
 
 
 def _directory_pid(cluster: Record) -> int:

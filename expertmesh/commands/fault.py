@@ -1,4 +1,4 @@
-"""`expertmesh fault`: kill, hang or slow what `expertmesh up` started on this machine, to see what it costs."""
+"""`expertmesh fault`: breaks something that `expertmesh up` started on this machine, to see what it costs."""
 
 from __future__ import annotations
 
@@ -73,6 +73,21 @@ def slow(
     _inflict(Fault(at_s=0, kind="slow", group=group, replica=replica, for_s=seconds, factor=factor), cluster, as_json)
 
 
+@fault.command()
+def partition(
+    group: Group, seconds: For = 5, replica: Replica = 0, cluster: Cluster = None, as_json: Json = False
+) -> None:
+    """Let nothing through to a replica's port nor from it, and reset no connection. The directory still hears from it.
+
+    Needs CAP_NET_ADMIN and iproute2: it adds two rules to this machine's routing for that port, and takes them away.
+
+    Example: sudo -E expertmesh fault partition b --for 10
+    """
+    from loadtest.config import Fault
+
+    _inflict(Fault(at_s=0, kind="partition", group=group, replica=replica, for_s=seconds), cluster, as_json)
+
+
 @fault.command("restart-directory")
 def restart_directory(cluster: Cluster = None, as_json: Json = False) -> None:
     """Kill the directory's process (SIGKILL). Ray Serve starts another, which replicas and routers find.
@@ -87,13 +102,14 @@ def restart_directory(cluster: Cluster = None, as_json: Json = False) -> None:
 def _inflict(wanted: Fault, name: str | None, as_json: bool) -> None:
     """Returns when the fault is over. Interrupted, it lets the process run on."""
     from expertmesh.cluster import record
-    from loadtest.faults import find_process, inflict, own
+    from loadtest.faults import find_victim, inflict, own
 
-    target, process = find_process(wanted, own(record.require(name)))
+    victim = find_victim(wanted, own(record.require(name)))
+    target, process = victim.name, victim.process
     length = f" for {wanted.for_s:g} s" if wanted.for_s is not None else ""
     err.print(f"{wanted.kind.replace('_', ' ')}{length}: {target}, process {process.pid}", highlight=False)
     try:
-        inflict(wanted, process, threading.Event())
+        inflict(wanted, victim, threading.Event())
     except psutil.Error as error:
         raise ClusterError(f"{target}: {error}") from None
     if as_json:

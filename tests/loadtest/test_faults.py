@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from session_cluster import Cluster
 
 from expertmesh.cluster.processes import MARKER
@@ -26,6 +28,7 @@ from expertmesh.v1 import directory_pb2
 from loadtest.config import RunConfig
 from loadtest.endpoint import Endpoint
 from loadtest.faults import Injector
+from loadtest.partition import cut_off
 from loadtest.records import FaultRecord
 from loadtest.target import Clock
 
@@ -80,11 +83,25 @@ def processes(demo_artifact: Path) -> Iterator[Processes]:
             process.stdout.close()
 
 
+@pytest.fixture
+def partitions_allowed() -> None:
+    """Routing rules are root's to change, and not in every container."""
+    try:
+        with cut_off(1):
+            pass
+    except ClusterError as error:
+        pytest.skip(str(error))
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s"
         time.sleep(0.01)
+
+
+def rules() -> str:
+    return subprocess.run(["ip", "rule"], capture_output=True, text=True, check=True).stdout
 
 
 def injector(cluster: Record | None, *faults: dict[str, Any]) -> Injector:
@@ -124,6 +141,43 @@ def test_hang(processes: Processes) -> None:
     until(lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED)
     (done,) = made.stop()
     assert done.until_s is not None and done.until_s - done.at_s >= 0.5
+
+
+@pytest.mark.usefixtures("partitions_allowed")
+def test_partition(processes: Processes) -> None:
+    """The replica's port is silent, the directory still hears from it, and afterwards the same connection goes on."""
+    processes.start_replica()
+    (replica,) = processes.replicas()
+    with grpc.insecure_channel(replica.address) as channel:
+        ask = health_pb2_grpc.HealthStub(channel).Check
+        ask(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+        made = injector(processes.record, {"kind": "partition", "at_s": 0, "group": "a", "for_s": 600})
+        made.start(Clock(time.monotonic()), 0)
+        until(lambda: f"dport {replica.address.rpartition(':')[2]} blackhole" in rules())
+        with pytest.raises(grpc.RpcError) as silence:
+            ask(health_pb2.HealthCheckRequest(), timeout=0.5)
+        assert silence.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert processes.replicas()
+        (done,) = made.stop()
+        assert (done.kind, done.error) == ("partition", "") and done.until_s is not None
+        ask(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+
+
+@pytest.mark.usefixtures("partitions_allowed")
+def test_partitions_leave_the_rules_as_they_were() -> None:
+    before = rules()
+    with cut_off(1), cut_off(2):
+        assert rules().count("blackhole") == 4
+    assert rules() == before
+
+
+@pytest.mark.usefixtures("partitions_allowed")
+def test_a_partition_that_is_not_allowed_is_told() -> None:
+    script = "from loadtest.partition import cut_off\nwith cut_off(1): pass"
+    without = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"]
+    tried = subprocess.run([*without, sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    said = tried.stderr.splitlines()[-1]
+    assert said.startswith("expertmesh.errors.ClusterError: a partition needs CAP_NET_ADMIN: ip rule add: "), said
 
 
 def test_a_run_that_ends_leaves_nothing_stopped(processes: Processes) -> None:

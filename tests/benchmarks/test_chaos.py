@@ -1,0 +1,55 @@
+"""What `chaos` makes of answers: made ones, whose stalls and losses are known."""
+
+from __future__ import annotations
+
+from benchmarks.chaos import LEAD_S, MINUTE_S, Phase, figures
+from benchmarks.streamed import Answer
+
+TOKENS = [3, 1, 4, 1]
+
+
+def answer(sent: float, gaps_s: list[float], tokens: list[int] = TOKENS, failure: str = "") -> Answer:
+    """The first token comes 0.1 s after it was sent."""
+    made = Answer(prompt=0, sent=sent, tokens=tokens, failure=failure)
+    now = sent + 0.1
+    for gap_s in [0.0, *gaps_s]:
+        now += gap_s
+        made.pieces.append((now, 1))
+    return made
+
+
+def steady() -> Phase:
+    """One answer a second, a token each 0.05 s."""
+    return Phase(0.0, [answer(float(second), [0.05] * 3) for second in range(int(LEAD_S + MINUTE_S))])
+
+
+def test_a_stall_counts_for_the_fault_it_follows() -> None:
+    phase = steady()
+    phase.answers[10] = answer(10.0, [0.05, 0.35, 0.05])
+    phase.answers[20] = answer(20.0, [0.05, 0.95, 0.05])
+    phase.answers[40] = answer(40.0, [2.0, 0.05, 0.05])  # long after any fault
+    phase.faults = [(10.2, 13.0), (19.0, 25.0), (30.0, 31.0)]
+    found = figures({"without": steady(), "kill_replica": phase})
+    assert found["without"]["gap_p99_ms"] == 50
+    assert found["kill_replica"]["stall_ms"] == [300, 900, 0]
+    assert (found["kill_replica"]["stall_ms_p50"], found["kill_replica"]["stall_ms_max"]) == (300, 900)
+    assert found["kill_replica"]["first_token_ms_max"] == 100
+    assert (found["kill_replica"]["failed_requests"], found["kill_replica"]["tokens_differing"]) == (0, 0)
+
+
+def test_failures_and_other_tokens_count() -> None:
+    phase = steady()
+    phase.answers[10] = answer(10.0, [0.05] * 3, [3, 1, 9, 1])
+    phase.answers[11] = answer(11.0, [0.05], [3, 1], failure="ClientError: gone")
+    phase.faults = [(10.0, 12.0)]
+    found = figures({"without": steady(), "hang_replica": phase})["hang_replica"]
+    assert (found["failed_requests"], found["failures"]) == (1, ["ClientError: gone"])
+    assert found["tokens_differing"] == 2
+
+
+def test_throughput_is_that_of_the_minute_after_the_first_fault() -> None:
+    phase = steady()
+    phase.faults = [(LEAD_S, LEAD_S + 1)]
+    del phase.answers[10:16]
+    found = figures({"without": steady(), "kill_replica": phase})["kill_replica"]
+    assert found["throughput_ratio"] == 0.9
