@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from expertmesh.cluster import launch, processes
+from expertmesh.cluster.exposure import exposures
 from expertmesh.cluster.readiness import Step
 from expertmesh.cluster.record import Record
 from expertmesh.cluster.serve_api import ServeApi
@@ -36,7 +37,8 @@ def up(
     plan = launch.read_plan(config)
     running = bring_up(plan, address, timeout)
     print_addresses(running)
-    for line in out_of_reach(plan.config, ServeApi(running.dashboard, running.token).nodes()):
+    unreachable = out_of_reach(plan.config, ServeApi(running.dashboard, running.token).nodes())
+    for line in unreachable + exposures(plan.config, running.dashboard, running.token):
         err.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
     if wait:
         try:
