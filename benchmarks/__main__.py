@@ -32,6 +32,7 @@ NAMES = (
     "load_cost",
     "rebalance",
     "chaos",
+    "restarts",
     "planner",
     "simulation_error",
 )

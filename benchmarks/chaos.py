@@ -31,7 +31,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import aiohttp
 import psutil
@@ -98,13 +98,17 @@ Inflict = Callable[[Phase], Awaitable[None]]
 
 def run(cluster: str | None) -> dict[str, object]:
     """`cluster` is not used: it starts its own."""
+    return run_with(Chaos)
+
+
+def run_with(made: type[Chaos]) -> dict[str, object]:
     config = configure(make_artifact(WORK))
     path = WORK / "cluster.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json")))
     started = bring_up(launch.read_plan(path), None, READY_S)
     try:
         at_once = wake_at_once()
-        found = asyncio.run(Chaos(started, config).run())
+        found = asyncio.run(made(started, config).run())
     finally:
         launch.stop(started)
     return found | {"device": "emulated", "client_wakes_at_once": at_once}
@@ -131,6 +135,7 @@ class Chaos:
     config: ClusterConfig
     prompts: Sequence[str] = field(default_factory=lambda: demo.prompts()[:PROMPTS])
     session: aiohttp.ClientSession = field(init=False)
+    overloads: ClassVar[bool] = True
 
     async def run(self) -> dict[str, object]:
         timeout = aiohttp.ClientTimeout(total=300)
@@ -144,7 +149,10 @@ class Chaos:
                     continue
                 phases[name] = await self.under_load(inflict_all)
             phases[WITHOUT[1]] = await self.under_load(self.nothing)
-            return figures(phases) | {"overload": await self.overload(phases["without"])}
+            found = figures(phases)
+            if self.overloads:
+                found["overload"] = await self.overload(phases[WITHOUT[0]])
+            return found
 
     def phases(self) -> dict[str, tuple[Inflict, str]]:
         """What each phase does, and why it cannot be done here."""
@@ -235,6 +243,7 @@ class Chaos:
         dead = {victim.name for one, victim in victims if one.kind == "kill"}
         old = table.directory_id if any(one.kind == "restart_directory" for one in faults) else ""
         await self.until_back(len(table.replicas), dead, old)
+        await self.until_whole({victim.process.pid for one, victim in victims if one.kind.startswith("restart_")})
         await asyncio.sleep(SETTLE_S if killed else SETTLE_S + 1)
         phase.faults.append((began, time.perf_counter()))
         (begin, end) = phase.faults[-1]
@@ -256,6 +265,20 @@ class Chaos:
                 pass  # restarts
             await asyncio.sleep(0.2)
         raise ClusterError(f"{count} replicas are not back after {RETURN_S:.0f} s")
+
+    async def until_whole(self, ended: set[int]) -> None:
+        """Waits until Ray Serve says that all applications and proxies run, without these processes."""
+        if not ended:
+            return
+        api, deadline = ServeApi(self.target.dashboard, self.target.token), time.perf_counter() + RETURN_S
+        while time.perf_counter() < deadline:
+            try:
+                if is_whole(await asyncio.to_thread(api.details), ended):
+                    return
+            except ClusterError:
+                pass  # the controller restarts
+            await asyncio.sleep(0.5)
+        raise ClusterError(f"Ray Serve's applications do not run after {RETURN_S:.0f} s")
 
     async def bound(self, group: str, replicas: int) -> None:
         """Both bounds of one group; returns when it has so many replicas."""
@@ -315,6 +338,19 @@ class Chaos:
 
         await asyncio.gather(*(client(number) for number in range(MAX_REQUESTS)))
         return sum(n for one in answers for when, n in one.pieces if until - PEAK_S <= when < until) / PEAK_S
+
+
+def is_whole(details: dict[str, Any], ended: set[int]) -> bool:
+    applications = details.get("applications", {}).values()
+    replicas = [replica for one in applications for made in one["deployments"].values() for replica in made["replicas"]]
+    proxies = details.get("proxies", {}).values()
+    return (
+        bool(applications)
+        and all(one["status"] == "RUNNING" for one in applications)
+        and all(made["status"] == "HEALTHY" for one in applications for made in one["deployments"].values())
+        and all(proxy["status"] == "HEALTHY" for proxy in proxies)
+        and not ended & {replica["pid"] for replica in replicas}
+    )
 
 
 def fault(kind: str, group: str, replica: int) -> Fault:
@@ -385,6 +421,7 @@ def figures(phases: dict[str, Phase]) -> dict[str, Any]:
             "stall_ms_max": round(max(stalls), 1),
             "stall_ms": [round(one) for one in stalls],
             "first_token_ms_max": round(1e3 * max(first), 1),
+            "back_s": [round(end - begin - SETTLE_S, 1) for begin, end in phase.faults],
             "throughput_ratio": round(phase.tokens(LEAD_S, LEAD_S + MINUTE_S) / minute, 4),
         }
     return found

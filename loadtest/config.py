@@ -279,19 +279,33 @@ class Objectives(Section):
         return {name: limit for name, limit in limits.items() if limit is not None}
 
 
+FaultKind = Literal[
+    "kill",
+    "hang",
+    "slow",
+    "partition",
+    "restart_directory",
+    "restart_router",
+    "restart_controller",
+    "restart_proxy",
+]
+
+
 class Fault(Section):
     """Done to a cluster that this machine's `expertmesh up` started."""
 
     at_s: Instant
-    kind: Literal["kill", "hang", "slow", "partition", "restart_directory"]
-    group: str | None = pydantic.Field(None, description="Whose replica; not of restart_directory.")
-    replica: int = pydantic.Field(0, ge=0, description="Which, in the order of their ids.")
+    kind: FaultKind
+    group: str | None = pydantic.Field(None, description="Whose replica; restarts have none.")
+    replica: int = pydantic.Field(
+        0, ge=0, description="Which, in the order of their ids; of restart_router, which router."
+    )
     for_s: Seconds | None = pydantic.Field(None, description="Length of a hang, a slow spell or a partition.")
     factor: float = pydantic.Field(4, gt=1, le=100, description="Of slow: how many times slower.")
 
     @pydantic.model_validator(mode="after")
     def fits_kind(self) -> Fault:
-        if (self.group is None) != (self.kind == "restart_directory"):
+        if (self.group is None) != self.kind.startswith("restart_"):
             raise ValueError(f"{self.kind}: group: {'is missing' if self.group is None else 'has none'}")
         if (self.for_s is None) == (self.kind in {"hang", "slow", "partition"}):
             raise ValueError(f"{self.kind}: for_s: {'is missing' if self.for_s is None else 'has none'}")

@@ -1,4 +1,4 @@
-"""Faults on a cluster of one's own: kill, hang, slow or cut off a replica, restart the directory; at once or on a
+"""Faults on a cluster of one's own: kill, hang, slow or cut off a replica, restart what stands beside; at once or on a
 schedule."""
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from expertmesh.args import DIRECTORY_APPLICATION
+from expertmesh.args import DIRECTORY_APPLICATION, DIRECTORY_DEPLOYMENT, ROUTER_APPLICATION, ROUTER_DEPLOYMENT
+from expertmesh.cluster import processes
 from expertmesh.cluster.processes import MARKER
 from expertmesh.cluster.record import Record
 from expertmesh.cluster.serve_api import ServeApi
@@ -24,6 +25,12 @@ from loadtest.records import FaultRecord
 from loadtest.target import Clock
 
 SLOW_PERIOD_S = 0.1
+TITLES = {"controller": "ray::ServeController", "proxy": "ray::ProxyActor"}
+"""Of processes that Ray 2.60 names so; Ray Serve's."""
+DEPLOYMENTS = {
+    "directory": (DIRECTORY_APPLICATION, DIRECTORY_DEPLOYMENT),
+    "router": (ROUTER_APPLICATION, ROUTER_DEPLOYMENT),
+}
 
 
 class Injector:
@@ -106,8 +113,8 @@ def inflict(fault: Fault, victim: Victim, stop: threading.Event) -> None:
 def find_victim(fault: Fault, cluster: Record) -> Victim:
     """Whom the fault hits; raises ClusterError where it is not there or not the cluster's own."""
     port = None
-    if fault.kind == "restart_directory":
-        target, pid = "directory", _directory_pid(cluster)
+    if fault.group is None:
+        target, pid = _restarted(fault, cluster)
     else:
         replicas = [replica for replica in list_table(cluster.directory).replicas if replica.group == fault.group]
         if fault.replica >= len(replicas):
@@ -128,14 +135,28 @@ def find_victim(fault: Fault, cluster: Record) -> Victim:
     return Victim(target, process, port)
 
 
-def _directory_pid(cluster: Record) -> int:
-    """Ray Serve starts another when it ends."""
-    details = ServeApi(cluster.dashboard, cluster.token).details()
-    deployments = details.get("applications", {}).get(DIRECTORY_APPLICATION, {}).get("deployments", {})
-    pids = [replica["pid"] for one in deployments.values() for replica in one["replicas"] if replica.get("pid")]
-    if not pids:
-        raise ClusterError("Ray Serve runs no directory")
-    return int(pids[0])
+def _restarted(fault: Fault, cluster: Record) -> tuple[str, int]:
+    """Name and pid of a part that Ray or Ray Serve starts again when it ends."""
+    what = fault.kind.removeprefix("restart_")
+    if title := TITLES.get(what):
+        pids = [process.pid for process in processes.running(cluster.marker or "") if _title(process) == title]
+    else:
+        application, deployment = DEPLOYMENTS[what]
+        details = ServeApi(cluster.dashboard, cluster.token).details()
+        found = details.get("applications", {}).get(application, {}).get("deployments", {}).get(deployment, {})
+        replicas = sorted(found.get("replicas", []), key=lambda one: str(one["replica_id"]))
+        pids = [int(replica["pid"]) for replica in replicas if replica.get("pid")]
+    if fault.replica >= len(pids):
+        raise ClusterError(f"the cluster has {len(pids)} of {what} now, none with number {fault.replica}")
+    return what, pids[fault.replica]
+
+
+def _title(process: psutil.Process) -> str:
+    """By which Ray's workers call themselves."""
+    try:
+        return str((process.cmdline() or [""])[0]).strip()
+    except psutil.Error:
+        return ""
 
 
 def own(cluster: Record | None) -> Record:

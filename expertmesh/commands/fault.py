@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import psutil
@@ -88,15 +89,27 @@ def partition(
     _inflict(Fault(at_s=0, kind="partition", group=group, replica=replica, for_s=seconds), cluster, as_json)
 
 
-@fault.command("restart-directory")
-def restart_directory(cluster: Cluster = None, as_json: Json = False) -> None:
-    """Kill the directory's process (SIGKILL). Ray Serve starts another, which replicas and routers find.
+class Part(StrEnum):
+    directory = "directory"
+    router = "router"
+    controller = "controller"
+    proxy = "proxy"
 
-    Example: expertmesh fault restart-directory
+
+@fault.command()
+def restart(
+    part: Annotated[Part, typer.Argument(help="Ray Serve's controller and proxy, the directory or a router.")],
+    replica: Annotated[int, typer.Option(help="Which of several routers.", min=0)] = 0,
+    cluster: Cluster = None,
+    as_json: Json = False,
+) -> None:
+    """Kill a part that is there once (SIGKILL), or a router. Ray or Ray Serve starts another.
+
+    Example: expertmesh fault restart directory
     """
     from loadtest.config import Fault
 
-    _inflict(Fault(at_s=0, kind="restart_directory"), cluster, as_json)
+    _inflict(Fault.model_validate({"at_s": 0, "kind": f"restart_{part}", "replica": replica}), cluster, as_json)
 
 
 def _inflict(wanted: Fault, name: str | None, as_json: bool) -> None:
