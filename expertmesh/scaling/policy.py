@@ -18,6 +18,8 @@ BUSY_LIMIT = 1.05
 MAX_WAIT_MS = 3_600_000.0
 WAIT_WINDOW_S = 6.0
 """Reported waits are those of the last seconds: for so long they tell of fewer replicas than there are by now."""
+RETURN_S = 2 * WAIT_WINDOW_S
+"""A replica that is back so soon has not joined: else one that comes and goes would hide the others' waits."""
 STEP_DOWN_S = 3.0
 """Until a step down shows in the reports."""
 IDLE_ROWS_PER_S = 1e-3
@@ -59,7 +61,7 @@ class Bounds:
 
 
 Asked = tuple[tuple[float, int], ...]
-"""(when, replicas that the load asked for)."""
+"""(when, replicas), of those that the load asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,10 @@ class Memory:
     """Ascending in both; the first is the least asked within `up_after_s`."""
     most: Asked = ()
     """Ascending in time, descending in replicas; the first is the most asked within `down_after_s`."""
-    running: int = 0
+    ran: Asked = ()
+    """(when, replicas that ran), as `most`; the first is the most that ran within RETURN_S."""
     joined_at: float = -math.inf
-    """When a replica was last seen to join."""
+    """When more ran than within RETURN_S before."""
     stepped_at: float = -math.inf
     """When the target was last changed here."""
     last_row_at: float | None = None
@@ -114,10 +117,12 @@ def decide(load: GroupLoad, targets: ScalingSection, bounds: Bounds, memory: Mem
         held = bounds.clip(load.target)
         return Decision(held, load.target, "the first replica starts", math.nan, math.nan, 0), Memory()
     counted = [one for one in load.replicas if _counts(one, targets.stale_after_s)]
-    joined_at = load.now if load.running > memory.running else memory.joined_at
+    ran = _kept([one for one in memory.ran if one[1] > load.running], load.now, load.running, RETURN_S)
+    joined = all(load.now - when > RETURN_S or count < load.running for when, count in memory.ran)
+    joined_at = load.now if joined else memory.joined_at
     if not counted:
         return _blind(load, bounds), Memory(
-            running=load.running,
+            ran=ran,
             joined_at=joined_at,
             stepped_at=memory.stepped_at,
             last_row_at=load.now if memory.last_row_at is None else memory.last_row_at,
@@ -139,7 +144,7 @@ def decide(load: GroupLoad, targets: ScalingSection, bounds: Bounds, memory: Mem
         since=load.now if memory.since is None else memory.since,
         least=_kept([one for one in memory.least if one[1] < asked], load.now, asked, targets.up_after_s),
         most=_kept([one for one in memory.most if one[1] > asked], load.now, asked, targets.down_after_s),
-        running=load.running,
+        ran=ran,
         joined_at=joined_at,
         stepped_at=memory.stepped_at,
         last_row_at=last_row_at,

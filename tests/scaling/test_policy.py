@@ -50,7 +50,7 @@ def first(load: GroupLoad, wanted: ScalingSection = AT_ONCE, within: Bounds = WI
 
 
 def settled(load: GroupLoad) -> Memory:
-    return Memory(since=0.0, running=load.running, joined_at=0.0, last_row_at=load.now)
+    return Memory(since=0.0, ran=((load.now, load.running),), joined_at=0.0, last_row_at=load.now)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,28 @@ def test_a_wait_from_before_a_replica_joined_asks_for_no_more() -> None:
     load = group(*[busy(0.6, queue_wait_ms=1000.0)] * 2)
     assert decide(load, AT_ONCE, WIDE, replace(settled(load), joined_at=load.now - 2))[0].asked == 2
     assert decide(load, AT_ONCE, WIDE, replace(settled(load), joined_at=load.now - 7))[0].asked == 4
-    assert decide(load, AT_ONCE, WIDE, replace(settled(load), running=1))[0].asked == 2, "it joined just now"
+    assert decide(load, AT_ONCE, WIDE, replace(settled(load), ran=((load.now, 1),)))[0].asked == 2, "it joined just now"
+
+
+@pytest.mark.parametrize("away_s", [1, 3, 6])
+def test_a_replica_that_comes_and_goes_does_not_hide_that_rows_wait(away_s: int) -> None:
+    """It is there for 3 s each time; the group has had its two replicas for long."""
+    one = busy(0.6, queue_wait_ms=1000.0)
+    wanted, memory, target = ScalingSection(), settled(group(one, one)), 2
+    for tenths in range(400):
+        running = 1 if tenths % (10 * (3 + away_s)) < 10 * away_s else 2
+        load = group(*[one] * running, now=1000 + tenths / 10, target=target)
+        decision, memory = decide(load, wanted, WIDE, memory)
+        target = max(target, decision.replicas)
+    assert target > 2
+
+
+def test_a_replica_that_is_back_after_long_has_joined() -> None:
+    one = busy(0.6, queue_wait_ms=1000.0)
+    _, memory = decide(group(one, one, now=0.0), AT_ONCE, WIDE, Memory())
+    for now in range(1, 20):
+        _, memory = decide(group(one, now=float(now), target=2), AT_ONCE, WIDE, memory)
+    assert decide(group(one, one, now=20.0), AT_ONCE, WIDE, memory)[0].asked == 2
 
 
 def test_a_group_stays_as_it_is_where_fewer_would_let_rows_wait_too_long() -> None:
