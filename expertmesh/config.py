@@ -39,7 +39,10 @@ class ScalingSection(Section):
         0.6, gt=0, le=0.95, description="Share of its time in which a replica should compute, 0 to 1."
     )
     queue_wait_ms: float = pydantic.Field(
-        20, gt=0, description="Rows should wait no longer than this in a replica's queue, in 95 of 100 batches; ms."
+        20,
+        gt=0,
+        le=3_600_000,
+        description="Rows should wait no longer than this in a replica's queue, in 95 of 100 batches; ms.",
     )
     up_after_s: float = pydantic.Field(
         2, ge=0, le=600, description="More replicas once the load asked for them so long."
@@ -58,7 +61,10 @@ class ScalingSection(Section):
         300, gt=0, le=86400, description="A group with min_replicas 0 goes to zero after so long without a row."
     )
     stale_after_s: float = pydantic.Field(
-        10, gt=0, le=600, description="What a replica reported longer ago than this says nothing."
+        10,
+        ge=3,
+        le=600,
+        description="What a replica reported longer ago than this says nothing; they report once a second.",
     )
 
 

@@ -120,6 +120,31 @@ def test_the_targets_are_those_of_most_replicas() -> None:
     assert policy._targets == given, "the last that were said"
 
 
+def test_targets_that_no_config_may_have_are_not_taken() -> None:
+    for field, lie in [
+        ("queue_wait_ms", math.inf),
+        ("stale_after_s", 0.01),
+        ("max_up_step", 1e9),
+        ("down_after_s", 1e9),
+    ]:
+        raw = metrics(0.5, targets=FAST)
+        raw[f"scaling_{field}"][replica(0)] = [TimeStampedValue(2.0, lie)]
+        policy = GroupPolicy("a")
+        policy.decide(context(raw, 1))
+        assert policy._targets == ScalingSection(), field
+
+
+def test_a_lone_replica_that_lies_of_its_targets_is_outvoted_once_two_others_report() -> None:
+    """Until then it moves the group within its bounds alone."""
+    wild = {"target_busy": 0.01, "up_after_s": 0.0, "max_up_factor": 100.0, "max_up_step": 10_000, "down_after_s": 0.0}
+    policy = GroupPolicy("a")
+    assert policy.decide(context(metrics(1.0, targets=wild), 1, high=8)).replicas == 8
+    raw = metrics(1.0, 0.0, 0.0, targets=FAST)
+    raw["scaling_target_busy"][replica(0)] = [TimeStampedValue(2.0, 0.01)]
+    assert policy.decide(context(raw, 3, target=8)).replicas == 7
+    assert policy._targets == ScalingSection.model_validate(FAST)
+
+
 def test_so_many_replicas_are_asked_for_targets_and_silent_ones_are_not_counted() -> None:
     given, other = ScalingSection(target_busy=0.3), ScalingSection(target_busy=0.4)
     replicas = [replica(number) for number in range(4 * ASKED)]
