@@ -152,9 +152,9 @@ def _restarted(fault: Fault, cluster: Record) -> tuple[str, int]:
 
 
 def _title(process: psutil.Process) -> str:
-    """By which Ray's workers call themselves."""
+    """By which Ray's workers call themselves, less the method that they are in."""
     try:
-        return str((process.cmdline() or [""])[0]).strip()
+        return str((process.cmdline() or [""])[0]).strip().partition(".")[0]
     except psutil.Error:
         return ""
 
