@@ -92,6 +92,11 @@ class EngineSection(Section):
     min_replicas: int = pydantic.Field(1, ge=1)
     max_replicas: int = pydantic.Field(1, ge=1)
     wait_for_experts_s: float = pydantic.Field(60, gt=0, description="How long a step waits for a missing expert.")
+    degrade_after_s: float | None = pydantic.Field(
+        None,
+        gt=0,
+        description="Go on without an expert that has been missing for so long, and mark the answers. Default: never.",
+    )
     max_requests: int = pydantic.Field(
         1024, ge=1, description="Requests that may be under way at once, over all routers; more get a 429."
     )
@@ -101,6 +106,10 @@ class EngineSection(Section):
     @pydantic.model_validator(mode="after")
     def bounds_ascend(self) -> EngineSection:
         _check_bounds("engine", self.min_replicas, self.max_replicas)
+        if self.degrade_after_s is not None and self.degrade_after_s > self.wait_for_experts_s:
+            raise ValueError(
+                f"engine: degrade_after_s {self.degrade_after_s:g} > wait_for_experts_s {self.wait_for_experts_s:g}"
+            )
         return self
 
 

@@ -82,7 +82,12 @@ def llm_config(args: RouterArgs) -> LLMConfig:
 def engine_arguments(args: RouterArgs) -> dict[str, Any]:
     """vLLM's engine arguments: ours, over which the config's `engine.kwargs` go."""
     engine, manifest = args.engine, read_manifest(Path(args.artifact))
-    settings = RouterSettings(directory=args.directory, wait_for_experts_s=engine.wait_for_experts_s, tls=args.tls)
+    settings = RouterSettings(
+        directory=args.directory,
+        wait_for_experts_s=engine.wait_for_experts_s,
+        degrade_after_s=engine.degrade_after_s,
+        tls=args.tls,
+    )
     arguments: dict[str, Any] = {
         "dtype": manifest.dtype if engine.dtype == "auto" else engine.dtype,
         "distributed_executor_backend": EXECUTOR,

@@ -26,6 +26,7 @@ class RouterSettings(Section):
 
     directory: str = "127.0.0.1:9000"
     wait_for_experts_s: float = 60.0
+    degrade_after_s: float | None = None
     dispatch_timeout_s: float = 30.0
     tls: TlsFiles | None = None
     transport: Literal["auto", "native", "python"] = "auto"
@@ -41,7 +42,8 @@ class ClosableTransport(Transport, Protocol):
 def connect(settings: RouterSettings, fingerprint: str) -> Dispatcher:
     """The dispatcher of this process; the same for all layers, so that they share one stream per replica."""
     replicas = LiveReplicas()
-    return Dispatcher(replicas, open_transport(settings, fingerprint, replicas), settings.wait_for_experts_s)
+    transport = open_transport(settings, fingerprint, replicas)
+    return Dispatcher(replicas, transport, settings.wait_for_experts_s, settings.degrade_after_s)
 
 
 def open_transport(settings: RouterSettings, fingerprint: str, replicas: LiveReplicas) -> ClosableTransport:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from router_service.dispatch.choice import choose_replicas
+from router_service.dispatch.renormalise import surviving_scale
 from router_service.dispatch.scatter import Pairs, ReplicaBatch, combine, to_pairs
 from router_service.recovery import (
     Counters,
     DispatchRefused,
+    ExpertsLeftOut,
     ExpertsUnavailable,
     HedgeBudget,
     Recovery,
@@ -45,6 +47,8 @@ class Dispatcher:
     transport: Transport
     wait_s: float = 60.0
     """How long a step waits for an expert that nobody serves."""
+    degrade_after_s: float | None = None
+    """How long it waits before it goes on without the expert; None: never."""
     counters: Counters = field(default_factory=Counters)
     _budget: HedgeBudget = field(default_factory=HedgeBudget)
     _direct: DirectTransport | None = field(init=False)
@@ -67,7 +71,9 @@ class Dispatcher:
 
         What a replica fails to answer is sent to another; what is late is asked of another too; where no other covers
         the expert, it waits for one. Raises ExpertsUnavailable where an expert was missing for `wait_s`, and
-        DispatchRefused where a replica calls the dispatch invalid; both hold the sums of the other tokens.
+        DispatchRefused where a replica calls the dispatch invalid; both hold the sums of the other tokens. With
+        `degrade_after_s` it raises ExpertsLeftOut where a token's sum is one over the experts that survive, scaled by
+        `surviving_scale`; a token that none survives for is lost.
         """
         if not isinstance(dispatch, BatchDispatch):
             total = dispatch.gather()
@@ -80,17 +86,32 @@ class Dispatcher:
             dispatch.layer,
             dispatch.hidden_states,
             self.wait_s,
+            self.degrade_after_s,
             self._budget,
             self.counters,
         )
         parts = recovery.run(dispatch.batches, dispatch.pending, dispatch.unserved)
         parts.sort(key=lambda part: (int(part[0].pair_experts.min()), int(part[0].rows[0])))
-        rows, width = dispatch.hidden_states.shape
-        total = combine(rows, width, dispatch.hidden_states.dtype, parts).to(dispatch.hidden_states.device)
+        like, lost = dispatch.hidden_states, recovery.lost
+        summed = combine(len(like), like.shape[1], torch.float32, parts)
+        degraded, unserved = frozenset[int](), recovery.unserved
+        if recovery.left_out:
+            every = [batch.pairs for batch in dispatch.batches]
+            every += [dispatch.unserved] if dispatch.unserved is not None else []
+            scale, hopeless = surviving_scale(len(like), every, recovery.left_out)
+            summed *= torch.from_numpy(scale)[:, None]
+            lost |= frozenset(hopeless.tolist())
+            degraded = frozenset(token for pairs in recovery.left_out for token in pairs.tokens.tolist()) - lost
+            self.counters.degraded_rows += len(degraded)
+            if len(hopeless) and not unserved:
+                unserved = f"layer {dispatch.layer}: nobody serves any expert of {len(hopeless)} rows"
+        total = summed.to(like.dtype).to(like.device)
         if recovery.refused:
-            raise DispatchRefused(recovery.refused, recovery.lost, total)
-        if recovery.unserved:
-            raise ExpertsUnavailable(recovery.unserved, recovery.lost, total)
+            raise DispatchRefused(recovery.refused, lost, total, degraded)
+        if unserved:
+            raise ExpertsUnavailable(unserved, lost, total, degraded)
+        if degraded:
+            raise ExpertsLeftOut(f"layer {dispatch.layer}: {len(degraded)} rows lack an expert", lost, total, degraded)
         return total
 
     def _send(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> BatchDispatch:

@@ -1,29 +1,44 @@
-"""Rows of a step that no replica could compute: who runs the step collects them, so that only their requests fail."""
+"""Rows of a step that lack an expert: who runs the step collects them; their requests alone fail or are marked."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 _collecting = threading.local()
 
 
+@dataclass(slots=True)
+class Lacking:
+    """Rows by their index in the step's batch."""
+
+    lost: set[int] = field(default_factory=set)
+    """That no replica could compute."""
+    degraded: set[int] = field(default_factory=set)
+    """That went on without an expert."""
+
+    def __bool__(self) -> bool:
+        return bool(self.lost or self.degraded)
+
+
 @contextmanager
-def collect() -> Iterator[set[int]]:
-    """The rows that are lost on this thread while the block runs, by their index in the step's batch."""
-    lost: set[int] = set()
-    _collecting.rows = lost
+def collect() -> Iterator[Lacking]:
+    """The rows that lack an expert on this thread while the block runs."""
+    lacking = Lacking()
+    _collecting.rows = lacking
     try:
-        yield lost
+        yield lacking
     finally:
         del _collecting.rows
 
 
-def lose(rows: Iterable[int]) -> bool:
-    """Notes rows as lost; False where nobody collects, so that the loss must be an error."""
-    collected: set[int] | None = getattr(_collecting, "rows", None)
+def lose(lost: Iterable[int], degraded: Iterable[int] = ()) -> bool:
+    """Notes rows; False where nobody collects, so that it must be an error."""
+    collected: Lacking | None = getattr(_collecting, "rows", None)
     if collected is None:
         return False
-    collected.update(rows)
+    collected.lost.update(lost)
+    collected.degraded.update(degraded)
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,17 +31,25 @@ GOING = frozenset({pb.CODE_RESOURCE_EXHAUSTED, pb.CODE_UNAVAILABLE, pb.CODE_NOT_
 
 
 class RowsLost(ExpertMeshError):
-    """The sums of some tokens lack an expert's share; of the others they are right."""
+    """The sums of `tokens` lack an expert's share, those of `degraded` are renormalised over the experts that survive;
+    of the others they are right."""
 
-    def __init__(self, message: str, tokens: frozenset[int], sums: torch.Tensor) -> None:
+    def __init__(
+        self, message: str, tokens: frozenset[int], sums: torch.Tensor, degraded: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__(message)
         self.tokens = tokens
         self.sums = sums
         """[T, H], of the rows' type and on their device."""
+        self.degraded = degraded
 
 
 class ExpertsUnavailable(RowsLost):
     """No replica served an expert for as long as the router was told to wait."""
+
+
+class ExpertsLeftOut(RowsLost):
+    """No row is lost, but some are degraded: whoever goes on with them must mark what comes of it."""
 
 
 class DispatchRefused(RowsLost):
@@ -76,6 +84,8 @@ class Counters:
     hedges_won: int = 0
     waited: int = 0
     """Steps that found no replica for some expert."""
+    degraded_rows: int = 0
+    """Of layers, that went on without an expert."""
 
 
 @dataclass(slots=True)
@@ -129,12 +139,16 @@ class Recovery:
         layer: int,
         hidden_states: torch.Tensor,
         wait_s: float,
+        degrade_after_s: float | None,
         budget: HedgeBudget,
         counters: Counters,
     ) -> None:
         self._replicas, self._transport = replicas, transport
         self._layer, self._hidden_states = layer, hidden_states
         self._wait_s, self._deadline = wait_s, time.monotonic() + wait_s
+        self._degrade_after_s = degrade_after_s
+        self.left_out: list[Pairs] = []
+        """Of experts that have been missing for `degrade_after_s`."""
         self._budget, self._counters = budget, counters
         self.lost: frozenset[int] = frozenset()
         """Tokens that lack an expert's share at the end."""
@@ -147,7 +161,8 @@ class Recovery:
         self._pauses = 0
 
     def run(self, batches: Sequence[ReplicaBatch], pending: Pending, unserved: Pairs | None) -> list[Part]:
-        """The partial sums of all pairs of `batches` and `unserved`, in no order, but of those that are `lost`."""
+        """The partial sums of all pairs of `batches` and `unserved`, in no order, but of those that are `lost` or
+        `left_out`."""
         self._add(Flight(batches, pending))
         if unserved is not None and len(unserved.tokens):
             self._asks.append(Ask(unserved, []))
@@ -258,11 +273,15 @@ class Recovery:
         seen = self._replicas.snapshot()
         pairs = _join([ask.pairs for ask in homeless])
         usable = choose_replicas(pairs.counts(), self._replicas.candidates(self._layer))[0]
-        deadline = self._deadline
+        until = deadline = self._deadline
         if not usable:
             self._counters.waited += self._pauses == 0
             since = self._replicas.note_missing(self._layer, frozenset(pairs.counts()))
-            deadline = min(deadline, since + self._wait_s)
+            if self._degrade_after_s is not None and self._leave_out(pairs, since, self._degrade_after_s):
+                return
+            first = min(since.values())
+            deadline = min(deadline, first + self._wait_s)
+            until = min(deadline, first + (self._degrade_after_s or self._wait_s))
         if time.monotonic() > deadline:
             self.unserved = self._explain(pairs)
             self._lose(pairs)
@@ -275,7 +294,19 @@ class Recovery:
             self._look(pause_s)
         else:
             wait_s = pause_s if usable else LAST_PAUSE_S
-            self._replicas.wait_for_change(seen, max(0.0, min(wait_s, deadline - time.monotonic())))
+            self._replicas.wait_for_change(seen, max(0.0, min(wait_s, until - time.monotonic())))
+
+    def _leave_out(self, pairs: Pairs, since: Mapping[int, float], after_s: float) -> bool:
+        """Goes on without the experts that have been missing for so long; whether there are any."""
+        now = time.monotonic()
+        gone = frozenset(expert for expert, at in since.items() if now >= at + after_s)
+        if not gone:
+            return False
+        self._replicas.note_left_out(self._layer, gone)
+        self.left_out.append(pairs.of(gone))
+        rest = pairs.of(frozenset(since) - gone)
+        self._asks = [ask for ask in self._asks if ask.attempts] + ([Ask(rest, [])] if len(rest.tokens) else [])
+        return True
 
     def _hedge(self) -> None:
         """Asks other replicas too for what is late, where they cover all of it and the budget allows it."""

@@ -48,13 +48,14 @@ def _experts(
 
 
 def _gather(dispatcher: Dispatcher, dispatch: Dispatch) -> torch.Tensor:
-    """The layer's sums; where rows are lost, whoever runs the step is told which, and it goes on without them."""
+    """The layer's sums; where rows are lost or degraded, whoever runs the step is told which, and it goes on."""
     try:
         return dispatcher.finish(dispatch)
     except RowsLost as error:
-        if not lose(error.tokens):
+        if not lose(error.tokens, error.degraded):
             raise
-        log.error("%s; %d rows of a step are lost", error, len(error.tokens))
+        if error.tokens:
+            log.error("%s; %d rows of a step are lost", error, len(error.tokens))
         return error.sums
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from expertmesh.experts import LayerExperts
+from expertmesh.experts import LayerExperts, format_indices
 from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.choice import Candidate
 
@@ -64,6 +64,8 @@ class LiveReplicas:
     """Replica -> (how long it was suspended last, when that ended)."""
     _missing: dict[tuple[int, int], float] = field(default_factory=dict)
     """(layer, expert) that rows wait for -> since when."""
+    _left_out: frozenset[tuple[int, int]] = frozenset()
+    """(layer, expert) that rows went on without, of those that are missing."""
     on_missing: Callable[[int, frozenset[int]], None] | None = None
     """Told of experts of a layer that rows wait for and nobody serves."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -123,14 +125,21 @@ class LiveReplicas:
             suspension.pause_s = min(LAST_PAUSE_S, 2 * suspension.pause_s)
             suspension.probe_at = time.monotonic() + suspension.pause_s
 
-    def note_missing(self, layer: int, experts: frozenset[int]) -> float:
-        """Rows wait for experts that nobody serves; since when, of the one that is missing for longest: seconds of the
-        monotonic clock."""
+    def note_missing(self, layer: int, experts: frozenset[int]) -> dict[int, float]:
+        """Rows wait for experts that nobody serves; expert -> since when, seconds of the monotonic clock."""
         if self.on_missing is not None:
             self.on_missing(layer, experts)
         with self._changed:
             now = time.monotonic()
-            return min(self._missing.setdefault((layer, expert), now) for expert in experts)
+            return {expert: self._missing.setdefault((layer, expert), now) for expert in experts}
+
+    def note_left_out(self, layer: int, experts: frozenset[int]) -> None:
+        """Rows went on without missing experts; said once, until all that were left out are served again."""
+        with self._changed:
+            said, self._left_out = bool(self._left_out), self._left_out | {(layer, expert) for expert in experts}
+        if not said:
+            which = format_indices(set(experts))
+            log.warning("degraded: layer %d goes on without experts %s; answers concerned are marked", layer, which)
 
     def _change(self, by_id: dict[str, LiveReplica]) -> None:
         for listener in self._listeners:
@@ -139,6 +148,9 @@ class LiveReplicas:
         if self._missing:
             served = {(at, one) for live in by_id.values() for at, held in live.experts.items() for one in held}
             self._missing = {key: since for key, since in self._missing.items() if key not in served}
+            if self._left_out and self._left_out <= served:
+                log.warning("no longer degraded: all experts that were left out are served again")
+            self._left_out -= served
         self._changed.notify_all()
 
     def snapshot(self) -> Mapping[str, LiveReplica]:

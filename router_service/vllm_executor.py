@@ -11,16 +11,16 @@ from typing import Any
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from router_service import losses
-from router_service.vllm_scheduler import LOST_ROWS
+from router_service.vllm_scheduler import LACKING_ROWS
 
 
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
     """The same; vLLM leaves classes given by name alone."""
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
-        """Tells the scheduler which rows of the step were lost."""
-        with losses.collect() as lost:
+        """Tells the scheduler which rows of the step were lost or degraded."""
+        with losses.collect() as lacking:
             output = super().execute_model(scheduler_output, non_block)
-        if lost:
-            setattr(scheduler_output, LOST_ROWS, lost)
+        if lacking:
+            setattr(scheduler_output, LACKING_ROWS, lacking)
         return output

@@ -1,39 +1,85 @@
-"""vLLM's scheduler, but for requests that lost rows in a step: these fail, the others go on. Written against vLLM 0.32.
+"""vLLM's scheduler, but requests that lack experts fail or are marked, the others go on. Written against vLLM 0.32.
 
-A step whose experts cannot be reached ends with sums that lack something for some rows. The requests of these rows get
-no token of it, end with vLLM's finish reason `error`, and the KV cache that they wrote is used by nobody.
+A step whose experts cannot be reached ends with sums that lack something for some rows. The requests of lost rows get
+no token of it, end with vLLM's finish reason `error`, and the KV cache that they wrote is used by nobody. Those of
+degraded rows go on; each of their outputs is marked from then to their end, also of those that had read what they
+wrote to the KV cache, and nobody else will read it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-LOST_ROWS = "expertmesh_lost_rows"
-"""Attribute of a SchedulerOutput that `InProcessExecutor` sets: rows of its batch."""
+from router_service.degraded_mark import mark
+from router_service.losses import Lacking
+
+LACKING_ROWS = "expertmesh_lacking_rows"
+"""Attribute of a SchedulerOutput that `InProcessExecutor` sets: Lacking, rows of its batch."""
 log = logging.getLogger(__name__)
 
 
 class Sparing:
     """Mixed into a scheduler, before it."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._degraded: set[str] = set()
+        """Requests under way whose outputs are marked."""
+
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        rows = getattr(scheduler_output, LOST_ROWS, None)
+        rows: Lacking | None = getattr(scheduler_output, LACKING_ROWS, None)
         if rows:
-            failed = requests_of(rows, model_runner_output.req_ids, scheduler_output.num_scheduled_tokens)
-            failed |= self._taint(failed, computed_before(scheduler_output))
-            for request in failed & model_runner_output.req_id_to_index.keys():
-                if model_runner_output.sampled_token_ids:
-                    model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request]] = []
-            log.warning("%d of %d requests lost rows in a step and fail", len(failed), len(self.running))
-            self.grammar_compile_error_reqs |= failed  # those that end with an error after this step
-        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+            self._spare(rows, scheduler_output, model_runner_output)
+        results = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        if self._degraded:
+            for output in (output for result in results.values() for output in result.outputs):
+                if output.request_id in self._degraded:
+                    mark(output)
+            self._degraded &= self.requests.keys()
+        return results
+
+    def _spare(self: Any, rows: Lacking, scheduler_output: Any, model_runner_output: Any) -> None:
+        order, tokens = model_runner_output.req_ids, scheduler_output.num_scheduled_tokens
+        before = computed_before(scheduler_output)
+        self._degrade(requests_of(rows.degraded, order, tokens), before)
+        failed = requests_of(rows.lost, order, tokens)
+        if not failed:
+            return
+        failed |= self._taint(failed, before)
+        for request in failed & model_runner_output.req_id_to_index.keys():
+            if model_runner_output.sampled_token_ids:
+                model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request]] = []
+        log.warning("%d of %d requests lost rows in a step and fail", len(failed), len(self.running))
+        self.grammar_compile_error_reqs |= failed  # those that end with an error after this step
+
+    def _degrade(self: Any, degraded: set[str], before: dict[str, int]) -> None:
+        running = {one.request_id for one in self.running}
+        others = self._taint(degraded & running, before)
+        if degraded - running:  # aborted or preempted since: it has no blocks that would tell who read them
+            others = running - degraded
+            self.kv_cache_manager.evict_blocks(set(range(self.kv_cache_config.num_blocks)))
+        for request in (degraded | others) & self.requests.keys() - self._degraded:
+            self._hash_apart(request, before.get(request, 0) if request in degraded else 0)
+        self._degraded |= (degraded | others) & self.requests.keys()
+
+    def _hash_apart(self: Any, request_id: str, computed: int) -> None:
+        """What the request has after `computed` tokens gets hashes that no other request's tokens have."""
+        request = self.requests[request_id]
+        hasher = request._block_hasher
+        if hasher is None:
+            return
+        first = computed // self.hash_block_size
+        request.block_hashes[first:] = [os.urandom(32) for _ in request.block_hashes[first:]]
+        request._block_hasher = lambda one: [os.urandom(32) for _ in hasher(one)]
 
     def _taint(self: Any, failed: set[str], before: dict[str, int]) -> set[str]:
-        """Takes what the failed requests wrote out of the prefix cache; the other requests that had read it."""
+        """Takes what these requests wrote in this step or later out of the prefix cache; the other requests that had
+        read it."""
         blocks: set[int] = set()
         for request in failed & self.requests.keys():
             blocks |= self._blocks_from(request, before.get(request, 0))

@@ -1,16 +1,18 @@
 """Ray Serve LLM's vLLM engine with the worker in the engine core's own process. Written against Ray 2.60.
 
 Ray Serve LLM sets the executor "mp" on CPUs, whatever the engine arguments say. Executor and scheduler are ours: a step
-that lost rows fails their requests alone.
+that lost rows fails their requests alone, one that went on without an expert marks their responses.
 """
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.exceptions import RetryableRequestError
 
+from router_service.degraded_mark import marked, watch
 from router_service.vllm_executor import InProcessExecutor
 from router_service.vllm_scheduler import SparingAsyncScheduler, SparingScheduler
 
@@ -27,9 +29,18 @@ def raise_if_error(finish_reason: str | None, request_id: str) -> None:
 class InProcessEngine(VLLMEngine):  # type: ignore[misc]
     async def start(self) -> None:
         await super().start()
+        watch(self._engine_client.output_processor)
         for serving in (self._oai_serving_chat, self._oai_serving_completion):
             if serving is not None:
                 serving._raise_if_error = raise_if_error
+
+    async def chat(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async for response in marked(super().chat(*args, **kwargs)):
+            yield response
+
+    async def completions(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async for response in marked(super().completions(*args, **kwargs)):
+            yield response
 
     def _start_async_llm_engine(self, engine_args: Any, engine_config: Any, placement_group: Any) -> Any:
         engine_config.parallel_config.distributed_executor_backend = InProcessExecutor

@@ -9,6 +9,7 @@ from expertmesh.directory.metrics import DIRECTORY_METRICS, HOTTEST, DirectoryMe
 from expertmesh.metrics import Exporter, Metric
 from expertmesh.v1 import directory_pb2 as pb
 from expertmesh.v1 import expert_pb2
+from router_service.metrics import ROUTER_METRICS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 READY = expert_pb2.REPLICA_STATE_READY
@@ -36,7 +37,7 @@ class Kept(Exporter):
 
 def test_the_document_lists_them() -> None:
     rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
-    metrics = (*REPLICA_METRICS, *DIRECTORY_METRICS)
+    metrics = (*REPLICA_METRICS, *ROUTER_METRICS, *DIRECTORY_METRICS)
     assert rows == [f"| `{one.name}` | {one.kind} | {', '.join(one.labels)} | {one.meaning} |" for one in metrics]
 
 

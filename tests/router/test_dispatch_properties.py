@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.scatter import ReplicaBatch
 from router_service.dispatcher import Dispatcher, ExpertsUnavailable
+from router_service.recovery import RowsLost
 from router_service.replicas import LiveReplica, LiveReplicas
 from router_service.transport.base import Answer
 from router_service.transport.in_process import InProcessTransport
@@ -62,11 +63,13 @@ def dense(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch
     return rows * (weights * (ids + 1).clamp(min=0)).sum(1, keepdim=True)
 
 
-def dispatcher(held: list[set[int]], max_rows: int, replicas: dict[str, Any]) -> Dispatcher:
+def dispatcher(
+    held: list[set[int]], max_rows: int, replicas: dict[str, Any], degrade_after_s: float | None = None
+) -> Dispatcher:
     live = LiveReplicas()
     for number, experts in enumerate(held):
         live.add(LiveReplica(f"r{number}", "g", {0: frozenset(experts)}, max_rows))
-    return Dispatcher(live, InProcessTransport(replicas), wait_s=0.05)
+    return Dispatcher(live, InProcessTransport(replicas), 0.05, degrade_after_s)
 
 
 @settings(max_examples=150, deadline=None)
@@ -106,3 +109,29 @@ def test_without_an_expert_only_its_tokens_are_lost(step: Any, missing: int) -> 
     spared = [token for token in range(len(ids)) if token not in concerned]
     expected = dense(rows, ids, weights)[spared]
     torch.testing.assert_close(caught.value.sums[spared], expected, rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.sets(st.integers(0, 8), max_size=4))
+def test_left_out_experts_are_as_if_the_gate_had_chosen_the_others_alone(step: Any, missing: set[int]) -> None:
+    rows, ids, weights, held, max_rows = step
+    weights = weights.abs() + 0.125
+    made = dispatcher(
+        [experts - missing for experts in held], max_rows, {f"r{n}": scaling for n in range(len(held))}, 0.001
+    )
+    chosen = ids >= 0
+    gone = chosen & torch.isin(ids, torch.tensor(sorted(missing), dtype=ids.dtype))
+    surviving = torch.where(gone, 0.0, weights)
+    lost = {token for token in range(len(ids)) if bool(gone[token].any()) and not bool((chosen & ~gone)[token].any())}
+    degraded = {token for token in range(len(ids)) if bool(gone[token].any())} - lost
+    for _ in range(2):  # while it waits for the experts, and once they are known to be missing
+        dispatch, found = made.start(0, rows, ids, weights), (frozenset[int](), frozenset[int]())
+        try:
+            sums = made.finish(dispatch)
+        except RowsLost as error:
+            sums, found = error.sums, (error.tokens, error.degraded)
+        assert found == (lost, degraded)
+        sound = [token for token in range(len(ids)) if token not in lost]
+        scale = (weights * chosen).sum(1, keepdim=True) / (surviving * chosen).sum(1, keepdim=True)
+        expected = dense(rows, ids, surviving) * torch.where(gone.any(1, keepdim=True), scale, 1.0)
+        torch.testing.assert_close(sums[sound], expected[sound], rtol=1e-4, atol=1e-3)

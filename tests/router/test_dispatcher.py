@@ -11,7 +11,7 @@ import torch
 from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.scatter import ReplicaBatch
 from router_service.dispatcher import Dispatcher
-from router_service.recovery import DispatchRefused, ExpertsUnavailable
+from router_service.recovery import DispatchRefused, ExpertsLeftOut, ExpertsUnavailable
 from router_service.replicas import LiveReplica, LiveReplicas
 from router_service.transport.base import Answer
 from router_service.transport.in_process import InProcessTransport, Replica
@@ -41,11 +41,17 @@ def failing(code: pb.Code.ValueType, times: int = 10**6) -> Replica:
     return answer
 
 
-def dispatcher(replicas: dict[str, tuple[set[int], Replica]], wait_s: float = 5.0, max_rows: int = 100) -> Dispatcher:
+def dispatcher(
+    replicas: dict[str, tuple[set[int], Replica]],
+    wait_s: float = 5.0,
+    max_rows: int = 100,
+    degrade_after_s: float | None = None,
+) -> Dispatcher:
     live = LiveReplicas()
     for name, (experts, _) in replicas.items():
         live.add(LiveReplica(name, "g", {0: frozenset(experts)}, max_rows))
-    return Dispatcher(live, InProcessTransport({name: made for name, (_, made) in replicas.items()}), wait_s)
+    transport = InProcessTransport({name: made for name, (_, made) in replicas.items()})
+    return Dispatcher(live, transport, wait_s, degrade_after_s)
 
 
 def run(made: Dispatcher) -> torch.Tensor:
@@ -89,3 +95,37 @@ def test_the_wait_is_bounded_and_names_the_experts() -> None:
 def test_what_is_invalid_is_not_sent_again() -> None:
     with pytest.raises(DispatchRefused, match="on purpose"):
         run(dispatcher({"a": ({0, 1, 2, 3}, failing(pb.CODE_INVALID_ARGUMENT))}))
+
+
+def test_one_that_comes_back_in_time_degrades_nothing() -> None:
+    live = LiveReplicas()
+    live.add(LiveReplica("a", "g", {0: frozenset({0, 1})}, 100))
+    made = Dispatcher(live, InProcessTransport({"a": scaling, "b": scaling}), 60, 30)
+    threading.Timer(0.2, live.add, [LiveReplica("b", "g", {0: frozenset({2, 3})}, 100)]).start()
+    torch.testing.assert_close(run(made), EXPECTED)
+    assert made.counters.degraded_rows == 0
+
+
+def test_degraded_until_it_is_back_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    made = dispatcher({"a": ({0, 1}, scaling), "b": ({3}, scaling), "c": ({2}, scaling)}, 60, degrade_after_s=0.05)
+    made.replicas.remove("c")
+    for _ in range(3):
+        with pytest.raises(ExpertsLeftOut) as caught:
+            run(made)
+        assert (caught.value.tokens, caught.value.degraded) == (set(), {1})
+        expected = EXPECTED.clone()
+        expected[1] = HIDDEN_STATES[1] * 3.0 * 2  # all of the gate's weights, 1 + 2, on expert 1
+        torch.testing.assert_close(caught.value.sums, expected)
+    made.replicas.add(LiveReplica("c", "g", {0: frozenset({2})}, 100))
+    torch.testing.assert_close(run(made), EXPECTED)
+    said = [record.message for record in caplog.records if "degraded" in record.message]
+    assert said == [
+        "degraded: layer 0 goes on without experts 2; answers concerned are marked",
+        "no longer degraded: all experts that were left out are served again",
+    ]
+
+
+def test_a_token_without_any_expert_is_lost() -> None:
+    with pytest.raises(ExpertsUnavailable, match="nobody serves any expert of 1 rows") as caught:
+        run(dispatcher({"a": ({0, 3}, scaling)}, 60, degrade_after_s=0.05))
+    assert (caught.value.tokens, caught.value.degraded) == ({1}, {0})

@@ -12,6 +12,7 @@
     "min_replicas": 1,
     "max_replicas": 1,
     "wait_for_experts_s": 60.0,
+    "degrade_after_s": null,
     "max_requests": 1024,
     "max_body_mib": 8.0,
     "kwargs": {}
