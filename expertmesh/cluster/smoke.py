@@ -1,7 +1,7 @@
 """`python -m expertmesh.cluster.smoke`: does a cluster that runs somewhere answer? What `helm test` runs.
 
 Asks Ray Serve's gRPC health check, the directory for a ready replica of each group, and the OpenAI API for a
-completion, with the key of OPENAI_API_KEY where there is one.
+completion, with the key of OPENAI_API_KEY where there is one, or, with `--no-key`, that it is refused without one.
 """
 
 from __future__ import annotations
@@ -48,17 +48,31 @@ def check_groups(address: str, groups: Collection[str]) -> str:
 def check_completion(url: str, model: str) -> str:
     """Raises ClusterError where the OpenAI API gives no completion."""
     key = client_key()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     try:
-        with httpx.Client(trust_env=False, timeout=CALL_S) as client:
-            answer = client.post(f"{url}/v1/completions", json=body, headers=headers)
+        answer = _complete(url, model, {"Authorization": f"Bearer {key}"} if key else {})
         if answer.status_code != httpx.codes.OK:
             raise ClusterError(f"completion at {url}: HTTP {answer.status_code}: {answer.text[:200]}")
         text = answer.json()["choices"][0]["text"]
     except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
         raise ClusterError(f"completion at {url}: {error!r}") from None
     return f"completion: {PROMPT!r} -> {text!r}"
+
+
+def check_refusal(url: str, model: str) -> str:
+    """Raises ClusterError where the OpenAI API does anything but refuse a completion without a key."""
+    try:
+        answer = _complete(url, model, {})
+    except httpx.HTTPError as error:
+        raise ClusterError(f"completion at {url}: {error!r}") from None
+    if answer.status_code != httpx.codes.UNAUTHORIZED:
+        raise ClusterError(f"completion at {url} without a key: HTTP {answer.status_code} instead of 401")
+    return "completion: refused without a key; none was given to ask for one (apiKeys.testSecret)"
+
+
+def _complete(url: str, model: str, headers: dict[str, str]) -> httpx.Response:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    with httpx.Client(trust_env=False, timeout=CALL_S) as client:
+        return client.post(f"{url}/v1/completions", json=body, headers=headers)
 
 
 def patiently(check: Callable[[], str], deadline: float) -> str:
@@ -78,13 +92,14 @@ def main() -> None:
     parser.add_argument("--grpc", required=True, help="HOST:PORT of Ray Serve's gRPC proxy")
     parser.add_argument("--model", required=True)
     parser.add_argument("--groups", nargs="*", default=[], help="that must have a ready replica")
+    parser.add_argument("--no-key", action="store_true", help="the API asks for a key, and there is none to give")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
     given = parser.parse_args()
     deadline = time.monotonic() + given.timeout
     checks: list[Callable[[], str]] = [
         lambda: check_health(given.grpc),
         lambda: check_groups(given.grpc, given.groups),
-        lambda: check_completion(given.url, given.model),
+        lambda: (check_refusal if given.no_key else check_completion)(given.url, given.model),
     ]
     try:
         for check in checks:

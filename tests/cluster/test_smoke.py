@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from session_cluster import Cluster
 
-from expertmesh.cluster.smoke import check_completion, check_groups, check_health
+from expertmesh.cluster.smoke import check_completion, check_groups, check_health, check_refusal
 from expertmesh.errors import ClusterError
 
 pytestmark = pytest.mark.cluster
@@ -24,5 +24,11 @@ def test_what_is_missing_is_named(cluster: Cluster) -> None:
         check_completion(cluster.http, "another")
     with pytest.raises(ClusterError, match="UNAVAILABLE"):
         check_health("127.0.0.1:1")
-    with pytest.raises(ClusterError, match="ConnectError"):
-        check_completion("http://127.0.0.1:1", "demo")
+    for check in (check_completion, check_refusal):
+        with pytest.raises(ClusterError, match="ConnectError"):
+            check("http://127.0.0.1:1", "demo")
+
+
+def test_an_api_that_should_ask_for_a_key(cluster: Cluster) -> None:
+    with pytest.raises(ClusterError, match="without a key: HTTP 200 instead of 401"):
+        check_refusal(cluster.http, cluster.model)

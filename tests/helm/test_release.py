@@ -152,6 +152,25 @@ def test_generated_secrets_hold_what_is_needed(release: Release) -> None:
     assert len(base64.b64decode(release.get("secret", f"{NAME}-ray-auth")["data"]["auth_token"])) == 64
 
 
+def certificate_of(release: Release) -> tuple[bytes, list[str]]:
+    """Its PEM text and the names that it bears."""
+    pem = base64.b64decode(release.get("secret", f"{NAME}-tls")["data"]["tls.crt"])
+    names = x509.load_pem_x509_certificate(pem).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return pem, names.get_values_for_type(x509.DNSName)
+
+
+def test_a_generated_certificate_stays_until_it_needs_another_name(release: Release) -> None:
+    release.install()
+    first = certificate_of(release)
+    release.upgrade()
+    assert certificate_of(release) == first
+    release.upgrade("--set", "tls.serverName=others")
+    second = certificate_of(release)
+    assert second[1] == ["others"]
+    release.upgrade("--set", "tls.serverName=others")
+    assert certificate_of(release) == second
+
+
 ALL = ("create", "get", "list", "watch", "update", "patch", "delete", "deletecollection")
 RESOURCES = (
     "pods",

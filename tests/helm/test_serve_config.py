@@ -85,6 +85,21 @@ def test_without_security() -> None:
     assert by_name["experts-a"]["tls"] is by_name["router"]["tls"] is by_name["router"]["api_keys"] is None
 
 
+def test_helm_test_asks_for_a_completion_where_it_has_a_key() -> None:
+    """Beside keys of others it is given none, and checks that it is refused."""
+    for settings, keyless in (
+        ({}, False),
+        ({"apiKeys.enabled": "false"}, False),
+        ({"apiKeys.existingSecret": "keys"}, True),
+        ({"apiKeys.existingSecret": "keys", "apiKeys.testSecret": "key"}, False),
+    ):
+        made = objects(template(CHART / "ci" / "cpu-values.yaml", settings=settings))
+        (pod,) = (one for one in made if one["kind"] == "Pod")
+        (container,) = pod["spec"]["containers"]
+        assert ("--no-key" in container["args"]) is keyless
+        assert bool(container.get("env")) is (not keyless and settings.get("apiKeys.enabled") != "false")
+
+
 @pytest.mark.parametrize("file", values_files(), ids=lambda file: file.stem)
 def test_ray_and_the_applications_take_it(file: Path) -> None:
     _, found = rendered(file)

@@ -25,6 +25,7 @@ from starlette.routing import Route
 
 from expertmesh import api_key_file
 from expertmesh.args import RouterArgs
+from expertmesh.cluster.smoke import check_refusal
 from expertmesh.commands.generate import stream
 from expertmesh.errors import ClusterError
 from router_service.api_keys import SETTLED_S, ApiKeys, KeyFile
@@ -87,6 +88,10 @@ def test_only_a_key_of_the_file_opens(server: Server) -> None:
     check_refused(server.get())
     check_refused(server.get(key=key[:-1] + ("a" if key[-1] != "a" else "b")))
     check_refused(server.get(key=api_key_file.create(server.keys.with_name("elsewhere"), None)[1]))
+
+
+def test_helm_test_sees_that_it_is_closed(server: Server) -> None:
+    assert check_refusal(server.url, "demo").startswith("completion: refused without a key")
 
 
 def test_the_key_goes_no_further(server: Server) -> None:

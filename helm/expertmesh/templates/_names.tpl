@@ -73,6 +73,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "expertmesh.tlsSecret" -}}
 {{- if eq .Values.tls.mode "existing" -}}
 {{- .Values.tls.existingSecret -}}
+{{- else if eq .Values.tls.mode "certManager" -}}
+{{- printf "%s-tls-issued" (include "expertmesh.fullname" .) -}}
 {{- else -}}
 {{- printf "%s-tls" (include "expertmesh.fullname" .) -}}
 {{- end -}}

@@ -6,6 +6,15 @@ as it is when a release is upgraded. `helm template` cannot look: what it render
 {{- get ($found.data | default dict) (index . 2) -}}
 {{- end -}}
 
+{{- define "expertmesh.serverNameKey" -}}expertmesh.io/tls-server-name{{- end -}}
+
+{{/* Takes (root, name of a Secret): the name that the certificate in it was generated for. */}}
+{{- define "expertmesh.keptServerName" -}}
+{{- $root := index . 0 -}}
+{{- $found := lookup "v1" "Secret" $root.Release.Namespace (index . 1) -}}
+{{- dig "metadata" "annotations" (include "expertmesh.serverNameKey" $root) "" ($found | default dict) -}}
+{{- end -}}
+
 {{- define "expertmesh.secretHead" -}}
 apiVersion: v1
 kind: Secret
