@@ -134,6 +134,18 @@ def test_what_each_needs(policies: Policies) -> None:
     assert not any(may(policies, "rebalancer", role, 8265) for role in ROLES)
 
 
+def test_redis_is_for_the_head_alone(policies: Policies) -> None:
+    settings = {
+        "ray.gcsFaultTolerance.redisAddress": "redis.example:7000",
+        "networkPolicy.redisNetworks": "{93.0.0.0/8}",
+    }
+    rendered = objects(template(CPU, settings=settings))
+    opened = [one["spec"] for one in rendered if one["kind"] == "NetworkPolicy"]
+    assert [role for role in ROLES if may(opened, role, "internet", 7000)] == ["head"]
+    assert not any(may(opened, role, "api server", 7000) for role in ROLES)
+    assert not may(policies, "head", "internet", 7000)
+
+
 def test_clients_can_be_named() -> None:
     peer = "networkPolicy.clients[0].namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name"
     rendered = objects(template(CPU, settings={peer: "monitoring"}))

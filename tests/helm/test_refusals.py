@@ -119,6 +119,10 @@ GROUP = "cluster.groups[0]"
         ),
         ({f"{GROUP}.num_cpus": "5"}, "cluster.groups[0]: takes 5 CPUs, a pod of pool experts requests 4"),
         ({f"{GROUP}.num_gpus": "1"}, "cluster.groups[0]: takes 1 GPUs, a pod of pool experts has 0"),
+        (
+            {"ray.gcsFaultTolerance.passwordSecret": "redis"},
+            "ray.gcsFaultTolerance.redisAddress: a password is given, but no Redis is named",
+        ),
         ({"cluster.engine.min_replicas": "2"}, "cluster.engine: max_replicas 1 < min_replicas 2"),
         ({"cluster.engine.num_cpus": "3"}, "cluster.engine: takes 4 CPUs, a pod of pool router requests 3"),
         ({"cluster.engine.resources.experts": "1"}, 'routers run in the pool router, not in "experts"'),

@@ -25,6 +25,7 @@ SWITCHES = {
     "model.prepare.source": ("/models/checkpoint", "s3://bucket/checkpoint"),
     "model.existingClaim": ("", "shared"),
     "ray.authSecret": ("", "auth"),
+    "ray.gcsFaultTolerance.redisAddress": ("", "redis.example:6379"),
     "ingress.enabled": ("true", "false"),
     "monitoring.podMonitor.enabled": ("true", "false"),
     "monitoring.rules.enabled": ("true", "false"),

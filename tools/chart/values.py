@@ -110,11 +110,17 @@ class Autoscaler(Values):
     resources: Resources
 
 
+class GcsFaultTolerance(Values):
+    redis_address: str = pydantic.Field(pattern=r"^$|^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?:[0-9]{1,5}$")
+    password_secret: OptionalName
+
+
 class Ray(Values):
     version: str = pydantic.Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")
     auth_secret: OptionalName
     upgrade_strategy: Literal["None", "NewCluster"]
     require_kube_ray: bool
+    gcs_fault_tolerance: GcsFaultTolerance
     autoscaler: Autoscaler
 
 
@@ -232,6 +238,7 @@ class NetworkPolicy(Values):
     api_server_ports: list[Annotated[int, pydantic.Field(ge=1, le=65535)]] = pydantic.Field(min_length=1)
     api_server_networks: list[Network] = pydantic.Field(min_length=1)
     dns_namespace_labels: Labels | None = None
+    redis_networks: list[Network] = pydantic.Field(min_length=1)
     object_store_networks: list[Network] = pydantic.Field(min_length=1)
 
 

@@ -150,6 +150,10 @@
 {{- end -}}
 
 {{- define "expertmesh.checkSecrets" -}}
+{{- $kept := .Values.ray.gcsFaultTolerance -}}
+{{- if and $kept.passwordSecret (not $kept.redisAddress) -}}
+{{- fail "ray.gcsFaultTolerance.redisAddress: a password is given, but no Redis is named" -}}
+{{- end -}}
 {{- if and (eq .Values.tls.mode "existing") (not .Values.tls.existingSecret) -}}
 {{- fail "tls.existingSecret: tls.mode is existing, but no Secret is named" -}}
 {{- end -}}
