@@ -113,7 +113,7 @@ def environment(num_cpus: float, num_gpus: float) -> dict[str, str]:
     """Thread counts by resources, so that router and replicas do not fight for cores; and no look-ups in a hub."""
     threads = str(max(1, math.floor(num_cpus)))
     variables = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    variables["RAYLLM_VLLM_ENGINE_CLS"] = ENGINE
+    variables |= {"RAYLLM_VLLM_ENGINE_CLS": ENGINE, "VLLM_CONFIGURE_LOGGING": "0"}  # see vllm_logs
     return variables if num_gpus else variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 

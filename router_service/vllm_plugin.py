@@ -22,6 +22,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from expertmesh.artifact.manifest import QUANT_METHOD
 from expertmesh.errors import ConfigError
+from router_service import vllm_logs
 from router_service.connection import SETTINGS_KEY, RouterSettings, connect
 from router_service.remote_op import OPERATORS, register_model
 
@@ -149,4 +150,5 @@ def _split_graphs(compilation: CompilationConfig) -> None:
 
 def register() -> None:
     """The entry point; vLLM calls it once in every process."""
+    vllm_logs.show()
     register_quantization_config(QUANT_METHOD)(RemoteExpertsConfig)

@@ -141,5 +141,7 @@ def _environment(marker: str, token: str) -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # Ray lowers a worker's priority once it has started: one that starts would take the cores of those that serve
         "RAY_worker_niceness": "0",
+        # Serve replaces a proxy that has failed three checks: by default that takes 30 s
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     }
     return {key: value for key, value in os.environ.items() if key not in DROPPED} | ours

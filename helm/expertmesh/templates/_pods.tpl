@@ -63,6 +63,9 @@ imagePullSecrets:
 {{- /* else Ray lowers a worker's priority once it has started: one that starts would take the cores of those that serve */}}
 - name: RAY_worker_niceness
   value: "0"
+{{- /* Serve replaces a proxy that has failed three checks: by default that takes 30 s */}}
+- name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S
+  value: "2"
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
 - name: VLLM_NO_USAGE_STATS
