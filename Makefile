@@ -1,7 +1,7 @@
 # `make help` lists the targets.
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e-kubernetes image chart lint format bench lock
+.PHONY: help setup demo test e2e-kubernetes image chart lint format bench fuzz lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ format: setup ## Format the code and repair what ruff can
 
 bench: setup ## Run all benchmarks, print a table and write benchmarks/results/<date>.md; ARGS, e.g. "dispatch --json FILE"
 	@$(PYTHON) -m benchmarks $(or $(ARGS),all)
+
+fuzz: setup ## Fuzz what comes from outside, each target for SECONDS (600); TARGET: one of them alone; JSON: a file for the outcomes
+	@PYTHONPATH=tests $(PYTHON) -m fuzz $(or $(TARGET),all) --seconds $(or $(SECONDS),600) $(if $(JSON),--json $(JSON))
 
 lock: ## Write the lock files again, versions unchanged; UPGRADE=1: newest versions; needs uv on the PATH
 	@python3 requirements/lock.py $(if $(UPGRADE),--upgrade)

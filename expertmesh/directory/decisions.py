@@ -44,13 +44,13 @@ class Decisions:
         """Raises WireError where it names no group, or one too many."""
         if not 0 < len(decision.group) <= MAX_TEXT:
             raise WireError("decision: group is empty or too long")
+        decision = _copy(decision)
         history = self._groups.get(decision.group)
         self._expected.pop(decision.group, None)
         if history is None:
             if len(self._groups) >= MAX_GROUPS:
                 raise WireError(f"decision for {decision.group}: {MAX_GROUPS} groups scale already")
             history = self._groups[decision.group] = History(now, now, decision)
-        decision.reason, decision.error = decision.reason[:MAX_TEXT], decision.error[:MAX_TEXT]
         history.last, history.last_at = decision, now
         if decision.error:
             return
@@ -104,3 +104,12 @@ class Decisions:
     def _stalled(self, history: History, now: float) -> bool:
         since = history.first_at if history.success_at is None else history.success_at
         return now - since > self._stalled_after_s
+
+
+def _copy(decision: pb.ScalingDecision) -> pb.ScalingDecision:
+    """With its texts cut, and nothing of what was received behind it: what a message once held stays in its memory."""
+    decision.DiscardUnknownFields()
+    decision.reason, decision.error = decision.reason[:MAX_TEXT], decision.error[:MAX_TEXT]
+    copy = pb.ScalingDecision()
+    copy.CopyFrom(decision)
+    return copy

@@ -135,3 +135,37 @@ def test_while_a_directory_settles_replicas_known_before_stay() -> None:
     again = merge(merged, table("new", True, replica("b"), replica("c")))
     assert sorted(names(again)) == ["a", "b", "c"]
     assert names(merge(again, table("new", False, replica("c")))) == ["c"]
+
+
+def test_entries_that_would_take_too_much_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry("d", now=0)
+    for field in ("replica_id", "group", "address", "fingerprint", "node_id"):
+        long = replica("a")
+        setattr(long, field, "x" * 501)
+        with pytest.raises(WireError, match=f"^announcement: {field} has more than 500 characters$"):
+            registry.announce(long, 1000, now=0)
+    large = replica("a")
+    large.layers.add(experts=range(2**20))
+    with pytest.raises(WireError, match=r"^announcement of a: its experts take"):
+        registry.announce(large, 1000, now=0)
+    large.layers[0].experts[:] = range(131_072)
+    registry.announce(large, 1000, now=0)
+    monkeypatch.setattr("expertmesh.directory.registry.MAX_COST", 9 * 2**20)
+    small = replica("small")
+    registry.announce(small, 1000, now=0)
+    other = pb.Replica()
+    other.CopyFrom(large)
+    other.replica_id, other.group = "b", "h"
+    with pytest.raises(WireError, match=r"^announcement of b: the table is full, with 2 replicas$"):
+        registry.announce(other, 1000, now=0)
+    registry.announce(large, 2000, now=0.5)
+    assert names(registry.table(1.2)) == ["a"]
+    registry.announce(other, 60_000, now=3)
+    assert names(registry.table(3)) == ["b"] and set(registry.holders(0, [5])) == {"h"}
+
+
+def test_nothing_but_the_entry_is_kept_of_what_was_received() -> None:
+    known, unknown = replica("a").SerializeToString(), b"\x9a\x06\x03abc"
+    registry = Registry("d", now=0)
+    registry.announce(pb.Replica.FromString(known + unknown), 1000, now=0)
+    assert registry.table(0).replicas[0].SerializeToString() == known

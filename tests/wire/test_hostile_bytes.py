@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,59 +11,18 @@ import grpc
 import numpy
 import pytest
 import torch
-from google.protobuf.message import DecodeError
 from marks import needs_native
 from mesh import group_args
+from request_bytes import HIDDEN, WHOLE, floats, is_hasty, mutated, nested_groups, said, tag, varint
 from tiny_models import EXPERTS, make_checkpoint
 
 from expert_service.replica import Replica
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.artifact.prepare import prepare
 from expertmesh.v1 import expert_pb2 as pb
-from expertmesh.wire.channel import CHANNEL_OPTIONS, FINGERPRINT_KEY
 from expertmesh.wire.tensors import encode
 
 pytestmark = needs_native
-METHOD = "/expertmesh.v1.ExpertService/Dispatch"
-HIDDEN = 64
-
-
-def ints(*values: int) -> pb.Tensor:
-    return encode(torch.tensor(values, dtype=torch.int32))
-
-
-def floats(*values: float) -> pb.Tensor:
-    return encode(torch.tensor(values, dtype=torch.float32))
-
-
-REQUEST = pb.DispatchRequest(
-    id=2**63 + 5,
-    layer=0,
-    hidden_states=encode(torch.linspace(-1, 1, 2 * HIDDEN).view(2, HIDDEN).bfloat16()),
-    pair_rows=ints(0, 1, 1),
-    pair_experts=ints(0, 1, 3),
-    pair_weights=floats(0.25, 0.5, 1.0),
-    output_dtype=pb.DTYPE_FLOAT32,
-    timeout_us=60_000_000,
-)
-WHOLE = REQUEST.SerializeToString()
-
-
-def varint(value: int) -> bytes:
-    out = b""
-    while value >= 0x80:
-        out += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return out + bytes([value])
-
-
-def tag(field: int, wire_type: int) -> bytes:
-    return varint(field << 3 | wire_type)
-
-
-def nested_groups(depth: int) -> bytes:
-    return b"".join(tag(90, 3) for _ in range(depth)) + b"".join(tag(90, 4) for _ in range(depth))
-
 
 UNKNOWN = tag(99, 0) + varint(7) + tag(98, 1) + bytes(8) + tag(97, 5) + bytes(4) + tag(96, 2) + b"\x03abc"
 CASES = {
@@ -107,33 +65,6 @@ CASES = {
 }  # fmt: skip
 
 
-def mutated(chance: random.Random) -> bytes:
-    """The request with some bytes changed, cut out or put in; mostly outside the rows, where it matters."""
-    message = bytearray(WHOLE)
-    for _ in range(chance.randint(1, 4)):
-        tail = len(WHOLE) - 80
-        position = chance.choice([chance.randrange(24), chance.randrange(tail, len(WHOLE))])
-        position = min(position, len(message) - 1)
-        what = chance.randrange(4)
-        if what == 0:
-            message[position] = chance.randrange(256)
-        elif what == 1:
-            message[position] ^= 1 << chance.randrange(8)
-        elif what == 2:
-            del message[position : position + chance.randint(1, 8)]
-        else:
-            message[position:position] = chance.randbytes(chance.randint(1, 12))
-    return bytes(message)
-
-
-def is_hasty(message: bytes) -> bool:
-    """Whether it may expire in the queue, so that chance decides what is said."""
-    try:
-        return 0 < pb.DispatchRequest.FromString(message).timeout_us < 10_000_000
-    except DecodeError:
-        return False
-
-
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Replica]]:
     folder = tmp_path_factory.mktemp("hostile")
@@ -148,31 +79,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Repl
         fingerprint = read_manifest(artifact).fingerprint
         assert fingerprint == replicas["python"].entry().fingerprint
         yield replicas
-
-
-def said(replica: Replica, messages: list[bytes]) -> list[Any]:
-    """What a replica answers to each, sent on a stream of its own: an answer's code, text and output, or the
-    stream's status."""
-
-    async def ask(channel: grpc.aio.Channel, message: bytes) -> Any:
-        call: Any = channel.stream_stream(METHOD)(metadata=((FINGERPRINT_KEY, replica.entry().fingerprint),))
-        await call.write(message)
-        await call.done_writing()
-        async with asyncio.timeout(60):
-            try:
-                read = await call.read()
-            except grpc.aio.AioRpcError:
-                read = grpc.aio.EOF
-            if read is grpc.aio.EOF:
-                return await call.code(), await call.details()
-        answer = pb.DispatchResponse.FromString(read)
-        return answer.id, answer.status.code, answer.status.message, answer.output.SerializeToString()
-
-    async def ask_all() -> list[Any]:
-        async with grpc.aio.insecure_channel(replica.address, CHANNEL_OPTIONS) as channel:
-            return [await ask(channel, message) for message in messages]
-
-    return asyncio.run(ask_all())
 
 
 def compare(servers: dict[str, Replica], messages: list[bytes]) -> set[Any]:

@@ -1,5 +1,6 @@
 // Random and damaged DispatchResponses, cut into slices at random, for sanitizers. What is parsed must not depend on the
 // cuts, and no byte outside the message may be read.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -64,8 +65,39 @@ bool same(const Answer& a, const Answer& b) {
          a.compute_us == b.compute_us && a.queued_rows == b.queued_rows;
 }
 
+/// Whether it is well-formed; ends the program where the cuts matter.
+bool checked(const std::string& bytes, std::mt19937& random) {
+  const Slices whole{grpc::Slice(bytes)}, pieces = cut(bytes, random);
+  Answer one, other;
+  const bool ok = parse_answer(whole, &one);
+  if (ok != parse_answer(pieces, &other) || (ok && !same(one, other))) {
+    std::fprintf(stderr, "answers: the cuts matter\n");
+    std::abort();
+  }
+  return ok;
+}
+
 }  // namespace
 
+#ifdef EXPERTMESH_FUZZ
+extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
+
+/// Now and then a whole answer, so that mutations begin from some.
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
+  std::mt19937 random(seed);
+  if (random() % 16 != 0) return LLVMFuzzerMutate(data, size, max_size);
+  const std::string made = made_answer(random);
+  if (made.size() > max_size) return LLVMFuzzerMutate(data, size, max_size);
+  std::copy(made.begin(), made.end(), data);
+  return made.size();
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  std::mt19937 random(static_cast<uint32_t>(size));
+  checked(std::string(reinterpret_cast<const char*>(data), size), random);
+  return 0;
+}
+#else
 int main(int argc, char** argv) {
   std::mt19937 random(7);
   int parsed = 0;
@@ -73,14 +105,13 @@ int main(int argc, char** argv) {
   for (int round = 0; round < rounds; ++round) {
     std::string bytes = made_answer(random);
     if (round % 8 != 0) damage(bytes, random);
-    const Slices whole{grpc::Slice(bytes)}, pieces = cut(bytes, random);
-    Answer one, other;
-    const bool ok = parse_answer(whole, &one);
-    if (ok != parse_answer(pieces, &other) || (ok && !same(one, other)) || (round % 8 == 0 && !ok)) {
-      std::fprintf(stderr, "round %d: the cuts matter\n", round);
+    const bool ok = checked(bytes, random);
+    if (round % 8 == 0 && !ok) {
+      std::fprintf(stderr, "round %d: a whole message is malformed\n", round);
       return 1;
     }
     parsed += ok;
   }
   std::printf("answers: %d messages, %d of them well-formed\n", rounds, parsed);
 }
+#endif

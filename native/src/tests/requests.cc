@@ -102,8 +102,45 @@ bool consistent(const Job& job, const Served& served) {
   return good;
 }
 
+/// Ends the program where the cuts matter, or where what is accepted is not consistent.
+Parsed checked(const std::string& bytes, const Served& served, std::mt19937& random) {
+  Job one, other;
+  Refusal why, other_why;
+  const Parsed parsed = parse({grpc::Slice(bytes)}, served, 5, &one, &why);
+  const bool agree = parsed == parse(cut(bytes, random), served, 5, &other, &other_why);
+  if (!agree || (parsed == Parsed::kJob && !same(one, other)) || why.message != other_why.message) {
+    std::fprintf(stderr, "requests: the cuts matter\n");
+    std::abort();
+  }
+  if (parsed == Parsed::kJob && !consistent(one, served)) {
+    std::fprintf(stderr, "requests: accepted, but not consistent\n");
+    std::abort();
+  }
+  return parsed;
+}
+
 }  // namespace
 
+#ifdef EXPERTMESH_FUZZ
+extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t max_size);
+
+/// Now and then a whole request, so that mutations begin from some.
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned int seed) {
+  std::mt19937 random(seed);
+  if (random() % 16 != 0) return LLVMFuzzerMutate(data, size, max_size);
+  const std::string made = made_request(random);
+  if (made.size() > max_size) return LLVMFuzzerMutate(data, size, max_size);
+  std::copy(made.begin(), made.end(), data);
+  return made.size();
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static const Served served = make_served();
+  std::mt19937 random(static_cast<uint32_t>(size));
+  checked(std::string(reinterpret_cast<const char*>(data), size), served, random);
+  return 0;
+}
+#else
 int main(int argc, char** argv) {
   std::mt19937 random(11);
   const Served served = make_served();
@@ -112,18 +149,7 @@ int main(int argc, char** argv) {
   for (int round = 0; round < rounds; ++round) {
     std::string bytes = made_request(random);
     if (round % 8 != 0) damage(bytes, random);
-    Job one, other;
-    Refusal why, other_why;
-    const Parsed parsed = parse({grpc::Slice(bytes)}, served, 5, &one, &why);
-    const bool agree = parsed == parse(cut(bytes, random), served, 5, &other, &other_why);
-    if (!agree || (parsed == Parsed::kJob && !same(one, other)) || why.message != other_why.message) {
-      std::fprintf(stderr, "round %d: the cuts matter\n", round);
-      return 1;
-    }
-    if (parsed == Parsed::kJob && !consistent(one, served)) {
-      std::fprintf(stderr, "round %d: accepted, but not consistent\n", round);
-      return 1;
-    }
+    const Parsed parsed = checked(bytes, served, random);
     if (round % 8 == 0 && parsed == Parsed::kMalformed) {
       std::fprintf(stderr, "round %d: a whole message is malformed\n", round);
       return 1;
@@ -134,3 +160,4 @@ int main(int argc, char** argv) {
   std::printf("requests: %d messages, %d of them accepted, %d refused\n", rounds, jobs, refused);
   return jobs > 0 && refused > 0 ? 0 : 1;
 }
+#endif
