@@ -42,6 +42,8 @@ class Registry:
         """Rises with every announcement whose load differs from the one before."""
         self._left = left
         self._leases: dict[str, Lease] = {}
+        self._cost = 0
+        """Of all leases."""
         self._layers: dict[str, tuple[expert_pb2.LayerExperts, ...]] = {}
         """Group -> its experts as last announced, also where it has no replica now; the longest known first."""
         self._costs: dict[str, int] = {}
@@ -55,12 +57,12 @@ class Registry:
         cost = _check(replica, lease_ms)
         self.expire(now)
         before = self._leases.get(replica.replica_id)
-        others = sum(lease.cost for lease in self._leases.values()) - (before.cost if before else 0)
+        others = self._cost - (before.cost if before else 0)
         if others + cost > MAX_COST:
             raise WireError(
                 f"announcement of {replica.replica_id}: the table is full, with {len(self._leases)} replicas"
             )
-        replica = _copy(replica)
+        replica, self._cost = _copy(replica), others + cost
         self._leases[replica.replica_id] = Lease(replica, now + lease_ms / 1000, cost)
         if self.settling(now):
             self._longest_lease_s = max(self._longest_lease_s, lease_ms / 1000)
@@ -73,7 +75,9 @@ class Registry:
 
     def withdraw(self, replica_id: str) -> None:
         """Forgets the replica at once; nothing happens where it is not known."""
-        if self._leases.pop(replica_id, None) is not None:
+        lease = self._leases.pop(replica_id, None)
+        if lease is not None:
+            self._cost -= lease.cost
             self.version += 1
             self._left(replica_id)
 
