@@ -54,11 +54,13 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
 
 @asynccontextmanager
 async def refusing(context: Context) -> AsyncIterator[None]:
-    """A request of no use is refused with INVALID_ARGUMENT."""
+    """A request of no use is refused with INVALID_ARGUMENT, without `abort`: gRPC would keep its exception, and with it
+    the request, until garbage is collected."""
     try:
         yield
     except WireError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        context.set_code(grpc.StatusCode.INVALID_ARGUMENT)
+        context.set_details(str(error))
 
 
 async def start_directory(

@@ -77,3 +77,10 @@ def test_what_is_reported_is_bounded() -> None:
     for group in ("", "g" * 501):
         with pytest.raises(WireError, match="group"):
             decisions.report(decision(group), now=0)
+
+
+def test_fields_that_are_not_known_are_not_kept() -> None:
+    known = pb.ScalingDecision(group="g", target=1, reason="idle").SerializeToString()
+    decisions = Decisions()
+    decisions.report(pb.ScalingDecision.FromString(known + b"\x9a\x06\x03abc"), 0)
+    assert decisions.reply(0).groups[0].last.SerializeToString() == known

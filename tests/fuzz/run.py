@@ -67,5 +67,7 @@ def fuzz(target: Target, seconds: float, seed: int) -> Outcome:
         outcome.hangs, outcome.fault = 1, str(fault)
     except Fault as fault:
         outcome.crashes, outcome.fault = 1 - outcome.beyond_the_limit, str(fault)
+    except Exception as error:  # noqa: BLE001 any of what is fuzzed is a crash of it
+        outcome.crashes, outcome.fault = 1, f"{type(error).__name__}: {error}"
     outcome.seconds = round(time.monotonic() - began, 1)
     return outcome
