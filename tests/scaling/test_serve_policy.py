@@ -197,7 +197,7 @@ def test_a_directory_that_is_away_delays_nobody() -> None:
     fast = FAST | {"max_up_factor": 100}
     began = time.monotonic()
     for running in range(1, 200):
-        assert policy(context(metrics(*[1.0] * running, targets=fast), running, high=1000))[0] > running
+        assert policy(context(metrics(*[1.0] * running, at=running, targets=fast), running, high=1000))[0] > running
     assert time.monotonic() - began < 60, "each would wait for 2 s"
 
 
