@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 
@@ -19,6 +20,7 @@ from expertmesh.experts import format_indices
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import SERVER_OPTIONS
 from expertmesh.wire.tensors import DTYPES, WIRE_DTYPES
+from expertmesh.wire.tls import CurrentTls
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,13 @@ MAX_WINDOWS = 256
 
 
 class NativeEndpoint:
-    """Raises ConfigError where a file of `tls` cannot be read."""
+    """Raises ConfigError where a file of `tls` cannot serve."""
 
     def __init__(self, offer: Offer, executor: Executor) -> None:
         self.executor = executor
         self._hidden_size = offer.served.hidden_size
         self._num_threads = offer.num_threads
-        pem = offer.tls.read() if offer.tls else None
+        tls = CurrentTls(offer.tls) if offer.tls else None
         self._server = expertmesh_native.Server(
             replica_id=offer.replica_id,
             group=offer.description.group,
@@ -48,7 +50,7 @@ class NativeEndpoint:
             description=offer.description.SerializeToString(),
             reflect=_reflect,
             options=SERVER_OPTIONS,
-            tls=[pem.ca, pem.certificate, pem.key] if pem else None,
+            tls=functools.partial(_pem, tls) if tls else None,
         )
         self._thread = threading.Thread(target=self._loop, name="expert-executor", daemon=True)
 
@@ -132,6 +134,12 @@ class _Window:
             hidden_states = elements[: rows * self._hidden_size].view(rows, self._hidden_size)
             self._hidden_states[key] = hidden_states
         return hidden_states, Pairs(self._rows[:pairs], self._experts[:pairs], self._weights[:pairs])
+
+
+def _pem(tls: CurrentTls) -> tuple[bytes, bytes, bytes]:
+    """CA, certificate and key for the next handshake."""
+    pem = tls.read()
+    return pem.ca, pem.certificate, pem.key
 
 
 def _reflect(message: bytes) -> bytes | None:

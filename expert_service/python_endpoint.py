@@ -15,7 +15,7 @@ from expertmesh.v1 import expert_pb2 as pb
 
 
 class PythonEndpoint:
-    """Raises ConfigError where a file of `tls` cannot be read."""
+    """Raises ConfigError where a file of `tls` cannot serve."""
 
     def __init__(self, offer: Offer, executor: Executor) -> None:
         self._offer = offer

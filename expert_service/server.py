@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from expertmesh.errors import ClusterError
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc
 from expertmesh.wire.channel import SERVER_OPTIONS, server_credentials
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls, TlsFiles
 
 T = TypeVar("T")
 SERVICE = expert_pb2.DESCRIPTOR.services_by_name["ExpertService"].full_name
@@ -47,9 +47,9 @@ class ExpertServer:
     """grpc.aio server with ExpertService, health and reflection; its methods run on one event loop."""
 
     def __init__(self, servicer: expert_pb2_grpc.ExpertServiceServicer, tls: TlsFiles | None = None) -> None:
-        """Raises ConfigError where a file of `tls` cannot be read."""
+        """Raises ConfigError where a file of `tls` cannot serve."""
         self._servicer = servicer
-        self._credentials = server_credentials(tls) if tls else None
+        self._credentials = server_credentials(CurrentTls(tls)) if tls else None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 

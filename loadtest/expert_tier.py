@@ -18,6 +18,7 @@ from expertmesh.errors import ClusterError
 from expertmesh.experts import format_indices
 from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
+from expertmesh.wire.tls import CurrentTls
 from loadtest.config import ExpertsTarget, RunConfig
 from loadtest.dispatches import Indices, Model, random_rows, request_for, split, wanted_layers
 from loadtest.records import Status
@@ -44,7 +45,7 @@ class ExpertTier:
         self._config = config
         self._address = table_address
         self._timeout_s = config.target.timeout_s
-        self._tls = config.target.tls if isinstance(config.target, ExpertsTarget) else None
+        self._tls: CurrentTls | None = None
         self._top_k = config.rows.top_k or DEFAULT_TOP_K
         self._links: dict[str, ReplicaLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -52,8 +53,8 @@ class ExpertTier:
     async def open(self) -> None:
         """Raises ClusterError where the directory or all replicas are silent or experts are missing, and ConfigError
         where the run asks for layers or a skew that the model has not."""
-        if self._tls is not None:
-            self._tls.read()
+        if isinstance(self._config.target, ExpertsTarget) and self._config.target.tls is not None:
+            self._tls = CurrentTls(self._config.target.tls)
         table = await asyncio.to_thread(list_table, self._address)
         if not table.replicas:
             raise ClusterError(f"directory at {self._address}: it lists no replica")

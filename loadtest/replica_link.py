@@ -14,7 +14,7 @@ from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import FINGERPRINT_KEY, open_channel
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
@@ -23,7 +23,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 class ReplicaLink:
     """Lives on one event loop. `send` returns at once, however little the replica reads; answers come as futures."""
 
-    def __init__(self, entry: directory_pb2.Replica, tls: TlsFiles | None = None) -> None:
+    def __init__(self, entry: directory_pb2.Replica, tls: CurrentTls | None = None) -> None:
         self.replica_id = entry.replica_id
         self.group = entry.group
         self.layers = {layer.layer: frozenset(layer.experts) for layer in entry.layers}

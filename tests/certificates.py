@@ -61,3 +61,18 @@ class Authority:
         path = self._folder / name
         path.write_bytes(content)
         return path
+
+
+def install(source: TlsFiles, target: TlsFiles, *names: str, authorities: tuple[Authority, ...] = ()) -> None:
+    """Renames copies of the named files over the target's, as who rotates certificates does; with `authorities`, the
+    target trusts exactly these."""
+    for name in names:
+        _replace(getattr(target, name), getattr(source, name).read_bytes())
+    if authorities:
+        _replace(target.ca, b"".join(one.ca.read_bytes() for one in authorities))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(content)
+    fresh.replace(path)

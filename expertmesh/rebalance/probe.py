@@ -19,7 +19,7 @@ from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import FINGERPRINT_KEY, PROTOCOL_VERSION, open_channel
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls, TlsFiles
 
 TOLERANCE = {pb.DTYPE_FLOAT32: 1e-3, pb.DTYPE_BFLOAT16: 0.05, pb.DTYPE_FLOAT16: 0.01}
 """Largest difference of one element, as a share of the root mean square of the row that it is compared with, by the
@@ -89,7 +89,7 @@ class Peer:
     _sent: int = 0
 
     async def __aenter__(self) -> Peer:
-        self._channel = open_channel(self.address, self.tls)
+        self._channel = open_channel(self.address, CurrentTls(self.tls) if self.tls else None)
         self._stub = pb_grpc.ExpertServiceStub(self._channel)
         return self
 

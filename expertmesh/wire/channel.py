@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import grpc.aio
 
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls
 
 FINGERPRINT_KEY = "expertmesh-fingerprint"
 """Metadata key under which the caller of Dispatch names its model."""
@@ -32,17 +32,22 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 SERVER_NAME_OPTION = "grpc.ssl_target_name_override"
 
 
-def open_channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
-    """A channel to a replica, not connected yet; raises ConfigError where a file of `tls` cannot be read."""
+def open_channel(address: str, tls: CurrentTls | None = None) -> grpc.aio.Channel:
+    """A channel to a replica, not connected yet, which shows and trusts what `tls` holds now."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
     pem = tls.read()
-    name = [(SERVER_NAME_OPTION, tls.server_name)] if tls.server_name else []
+    server_name = tls.files.server_name
+    name = [(SERVER_NAME_OPTION, server_name)] if server_name else []
     credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
     return grpc.aio.secure_channel(address, credentials, options=[*CHANNEL_OPTIONS, *name])
 
 
-def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Of a replica, which asks for its callers' certificates too; raises ConfigError where a file cannot be read."""
-    pem = tls.read()
-    return grpc.ssl_server_credentials([(pem.key, pem.certificate)], pem.ca, require_client_auth=True)
+def server_credentials(tls: CurrentTls) -> grpc.ServerCredentials:
+    """Of a replica, which asks for its callers' certificates too, and looks at `tls` before each handshake."""
+
+    def current() -> grpc.ServerCertificateConfiguration:
+        pem = tls.read()
+        return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], pem.ca)
+
+    return grpc.dynamic_ssl_server_credentials(current(), current, require_client_authentication=True)

@@ -193,7 +193,6 @@ void Step::copy_output(size_t part, void* out) const {
 
 Client::Client(ClientOptions options)
     : options_(std::move(options)),
-      credentials_(make_credentials(options_.tls)),
       event_fd_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
   if (event_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
   idle_thread_ = std::thread([this] { idle(); });
@@ -220,12 +219,10 @@ void Client::notify(Event event) {
 }
 
 int Client::open(const std::string& address, const std::string& replica, size_t max_rows,
-                 std::map<uint32_t, std::vector<uint32_t>> experts) {
+                 std::map<uint32_t, std::vector<uint32_t>> experts, const std::optional<Tls>& tls) {
   grpc::ChannelArguments arguments;
   for (const auto& [key, value] : options_.channel) arguments.SetInt(key, value);
-  if (options_.tls && !options_.tls->server_name.empty()) {
-    arguments.SetSslTargetNameOverride(options_.tls->server_name);
-  }
+  if (tls && !options_.server_name.empty()) arguments.SetSslTargetNameOverride(options_.server_name);
   auto stream = std::make_unique<Stream>();
   stream->replica = replica;
   stream->max_rows = std::max<size_t>(1, max_rows);
@@ -233,7 +230,7 @@ int Client::open(const std::string& address, const std::string& replica, size_t 
   for (const Op op : {Op::start, Op::read, Op::write, Op::finish}) {
     stream->tags[static_cast<size_t>(op)] = {stream.get(), op};
   }
-  stream->stub = std::make_unique<grpc::GenericStub>(grpc::CreateCustomChannel(address, credentials_, arguments));
+  stream->stub = std::make_unique<grpc::GenericStub>(grpc::CreateCustomChannel(address, make_credentials(tls), arguments));
   stream->context.AddMetadata(kFingerprintKey, options_.fingerprint);
 
   Lock lock(mutex_);

@@ -33,16 +33,16 @@ namespace expertmesh {
 class Client;
 struct Step;
 
+/// PEM text.
 struct Tls {
   std::string ca, certificate, key;
-  /// The name on the replicas' certificates; empty: the address.
-  std::string server_name;
 };
 
 struct ClientOptions {
   std::vector<std::pair<std::string, int>> channel;
   std::string fingerprint;
-  std::optional<Tls> tls;
+  /// The name on the replicas' certificates; empty: the address.
+  std::string server_name;
   /// Until a step gives up waiting for an answer.
   uint64_t timeout_us = 30'000'000;
 };
@@ -162,9 +162,10 @@ class Client : public std::enable_shared_from_this<Client> {
   };
   std::vector<Event> events();
 
-  /// Begins to open a stream; its number is never used again. An event tells that it is open or has ended.
+  /// Begins to open a stream; its number is never used again. An event tells that it is open or has ended. Each has a
+  /// connection of its own, which shows and trusts `tls`.
   int open(const std::string& address, const std::string& replica, size_t max_rows,
-           std::map<uint32_t, std::vector<uint32_t>> experts);
+           std::map<uint32_t, std::vector<uint32_t>> experts, const std::optional<Tls>& tls = std::nullopt);
   /// Ends a stream; who waits for answers on it is told so. No event follows.
   void close_stream(int stream);
   /// From now on rows go to these streams only.
@@ -259,7 +260,6 @@ class Client : public std::enable_shared_from_this<Client> {
   void idle();
 
   const ClientOptions options_;
-  std::shared_ptr<grpc::ChannelCredentials> credentials_;
   grpc::CompletionQueue queue_;
   int event_fd_;
 

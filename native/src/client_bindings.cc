@@ -22,17 +22,24 @@ Rows make_rows(uintptr_t data, size_t tokens, size_t width, uint32_t dtype) {
 }
 
 std::shared_ptr<Client> make_client(std::vector<std::pair<std::string, int>> channel_options, std::string fingerprint,
-                                    double timeout_s, std::optional<std::tuple<nb::bytes, nb::bytes, nb::bytes>> pem,
-                                    std::string server_name) {
+                                    double timeout_s, std::string server_name) {
   ClientOptions options;
   options.channel = std::move(channel_options);
   options.fingerprint = std::move(fingerprint);
   options.timeout_us = static_cast<uint64_t>(timeout_s * 1e6);
+  options.server_name = std::move(server_name);
+  return std::make_shared<Client>(std::move(options));
+}
+
+int open(Client& client, const std::string& address, const std::string& replica, size_t max_rows,
+         std::map<uint32_t, std::vector<uint32_t>> experts,
+         const std::optional<std::tuple<nb::bytes, nb::bytes, nb::bytes>>& pem) {
+  std::optional<Tls> tls;
   if (pem) {
     const auto text = [](const nb::bytes& bytes) { return std::string(bytes.c_str(), bytes.size()); };
-    options.tls = Tls{text(std::get<0>(*pem)), text(std::get<1>(*pem)), text(std::get<2>(*pem)), std::move(server_name)};
+    tls = Tls{text(std::get<0>(*pem)), text(std::get<1>(*pem)), text(std::get<2>(*pem))};
   }
-  return std::make_shared<Client>(std::move(options));
+  return client.open(address, replica, max_rows, std::move(experts), tls);
 }
 
 std::shared_ptr<Step> scatter(Client& client, uint32_t layer, uintptr_t hidden_states, size_t tokens, size_t width,
@@ -163,7 +170,7 @@ void bind_client(nb::module_& module) {
       .def(nb::new_(&make_client))
       .def("event_fd", &Client::event_fd)
       .def("events", &events_of)
-      .def("open", &Client::open)
+      .def("open", &open, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
       .def("close_stream", &Client::close_stream)
       .def("use", &Client::use)
       .def("load", &load_of)

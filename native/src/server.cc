@@ -95,12 +95,7 @@ int Server::listen(const std::string& host, int first, int last) {
 
 bool Server::try_listen(const std::string& address) {
   std::shared_ptr<grpc::ServerCredentials> credentials = grpc::InsecureServerCredentials();
-  if (settings_.tls) {
-    grpc::SslServerCredentialsOptions options(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
-    options.pem_root_certs = settings_.tls->ca;
-    options.pem_key_cert_pairs.push_back({settings_.tls->key, settings_.tls->certificate});
-    credentials = grpc::SslServerCredentials(options);
-  }
+  if (settings_.tls) credentials = std::make_shared<TlsCredentials>(&settings_.tls);
   service_ = std::make_unique<grpc::AsyncGenericService>();
   grpc::ServerBuilder builder;
   for (const auto& [key, value] : settings_.options) {

@@ -26,13 +26,9 @@
 #include "server_call.h"
 #include "server_load.h"
 #include "server_queue.h"
+#include "server_tls.h"
 
 namespace expertmesh::server {
-
-/// PEM text; callers must show a certificate that `ca` signed.
-struct Tls {
-  std::string ca, certificate, key;
-};
 
 struct Settings {
   std::string replica_id, group, fingerprint;
@@ -44,7 +40,8 @@ struct Settings {
   /// Answers one message of server reflection with another; none where it is malformed.
   std::function<std::optional<std::string>(const std::string&)> reflect;
   std::vector<std::pair<std::string, int>> options;
-  std::optional<Tls> tls;
+  /// Asked before each handshake, on any thread; without it, plain text.
+  ReadTls tls;
 };
 
 /// A batch as the executor sees it: where its rows and pairs lie until the next take().

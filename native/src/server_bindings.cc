@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
@@ -14,19 +15,22 @@ using expertmesh::server::LoadMeter;
 using expertmesh::server::Server;
 using expertmesh::server::Settings;
 using expertmesh::server::Taken;
+using expertmesh::server::Tls;
 
 namespace {
 
 std::string text(const nb::bytes& bytes) { return {bytes.c_str(), bytes.size()}; }
 
-/// A callable that may be called, copied and dropped on threads that do not hold the GIL.
-std::function<std::optional<std::string>(const std::string&)> without_gil(nb::callable call) {
-  auto* kept = new nb::callable(std::move(call));
-  const std::shared_ptr<nb::callable> shared(kept, [](nb::callable* dropped) {
-    const nb::gil_scoped_acquire gil;
-    delete dropped;
-  });
-  return [shared](const std::string& message) -> std::optional<std::string> {
+/// May be copied and dropped on threads that do not hold the GIL.
+std::shared_ptr<nb::callable> share(nb::callable call) {
+  return {new nb::callable(std::move(call)), [](nb::callable* dropped) {
+            const nb::gil_scoped_acquire gil;
+            delete dropped;
+          }};
+}
+
+std::function<std::optional<std::string>(const std::string&)> make_reflect(nb::callable call) {
+  return [shared = share(std::move(call))](const std::string& message) -> std::optional<std::string> {
     const nb::gil_scoped_acquire gil;
     try {
       const nb::object answer = (*shared)(nb::bytes(message.data(), message.size()));
@@ -34,6 +38,19 @@ std::function<std::optional<std::string>(const std::string&)> without_gil(nb::ca
       return text(nb::cast<nb::bytes>(answer));
     } catch (nb::python_error& error) {
       error.discard_as_unraisable("reflection");
+      return std::nullopt;
+    }
+  };
+}
+
+expertmesh::server::ReadTls make_read_tls(nb::callable call) {
+  return [shared = share(std::move(call))]() -> std::optional<Tls> {
+    const nb::gil_scoped_acquire gil;
+    try {
+      const auto [ca, certificate, key] = nb::cast<std::tuple<nb::bytes, nb::bytes, nb::bytes>>((*shared)());
+      return Tls{text(ca), text(certificate), text(key)};
+    } catch (nb::python_error& error) {
+      error.discard_as_unraisable("security.tls");
       return std::nullopt;
     }
   };
@@ -106,7 +123,7 @@ void bind_server(nb::module_& module) {
              uint32_t hidden_size, const std::map<uint32_t, nb::bytes>& held, std::string layers_text,
              uint32_t max_rows, uint32_t max_pairs, uint64_t max_queued_rows, uint64_t max_batch_rows,
              const nb::bytes& description, nb::callable reflect, std::vector<std::pair<std::string, int>> options,
-             const std::optional<std::vector<nb::bytes>>& tls) {
+             std::optional<nb::callable> tls) {
             Settings settings;
             settings.replica_id = std::move(replica_id);
             settings.group = std::move(group);
@@ -119,9 +136,9 @@ void bind_server(nb::module_& module) {
             settings.max_queued_rows = max_queued_rows;
             settings.max_batch_rows = max_batch_rows;
             settings.description = text(description);
-            settings.reflect = without_gil(std::move(reflect));
+            settings.reflect = make_reflect(std::move(reflect));
             settings.options = std::move(options);
-            if (tls) settings.tls = {text(tls->at(0)), text(tls->at(1)), text(tls->at(2))};
+            if (tls) settings.tls = make_read_tls(std::move(*tls));
             new (server) PythonServer(std::move(settings));
           },
           nb::kw_only(), nb::arg("replica_id"), nb::arg("group"), nb::arg("fingerprint"), nb::arg("hidden_size"),

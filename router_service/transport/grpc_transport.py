@@ -18,7 +18,7 @@ import torch
 from expertmesh.errors import WireError
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.tensors import WIRE_DTYPES, decode
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls, TlsFiles
 from router_service.dispatch.scatter import ReplicaBatch
 from router_service.replicas import LiveReplica, LiveReplicas
 from router_service.transport.base import Answer, Timing
@@ -104,10 +104,10 @@ class GrpcTransport:
     ) -> None:
         self._fingerprint = fingerprint
         self._timeout_s = timeout_s
-        self._tls = tls
+        self._tls = CurrentTls(tls) if tls else None
         self._streams: dict[str, ReplicaStream] = {}
         self._replicas = replicas
-        self._links = Links(directory, fingerprint, replicas, self._open, tls)
+        self._links = Links(directory, fingerprint, replicas, self._open, self._tls)
         self._shared = self._links.shared
 
     def start(self, layer: int, hidden_states: torch.Tensor, batches: Sequence[ReplicaBatch]) -> Step:

@@ -19,7 +19,7 @@ from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import PROTOCOL_VERSION, open_channel
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls
 from router_service.replicas import LiveReplica, LiveReplicas, experts_by_layer
 from router_service.transport.shared_loop import SharedLoop
 
@@ -57,7 +57,7 @@ class Links:
         fingerprint: str,
         replicas: LiveReplicas,
         open_stream: OpenStream,
-        tls: TlsFiles | None = None,
+        tls: CurrentTls | None = None,
     ) -> None:
         self._directory = directory
         self._fingerprint = fingerprint

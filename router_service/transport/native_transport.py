@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import CHANNEL_OPTIONS
 from expertmesh.wire.tensors import WIRE_DTYPES
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls, TlsFiles
 from router_service.dispatch.scatter import Pairs, ReplicaBatch
 from router_service.replicas import LiveReplica, LiveReplicas
 from router_service.transport.base import Answer, Timing
@@ -120,21 +120,16 @@ class NativeTransport:
         timeout_s: float = 30.0,
         tls: TlsFiles | None = None,
     ) -> None:
-        pem = tls.read() if tls else None
-        self._client = expertmesh_native.Client(
-            CHANNEL_OPTIONS,
-            fingerprint,
-            timeout_s,
-            (pem.ca, pem.certificate, pem.key) if pem else None,
-            (tls.server_name or "") if tls else "",
-        )
+        self._tls = CurrentTls(tls) if tls else None
+        server_name = (tls.server_name or "") if tls else ""
+        self._client = expertmesh_native.Client(CHANNEL_OPTIONS, fingerprint, timeout_s, server_name)
         # no thread may be inside the extension when the interpreter goes
         self._finalizer = weakref.finalize(self, self._client.close)
         self._numbers: dict[str, int] = {}
         self._opened: dict[int, asyncio.Future[None]] = {}
         self._ended: dict[int, asyncio.Future[str]] = {}
         replicas.listen(self._use)
-        self._links = Links(directory, fingerprint, replicas, self._open, tls)
+        self._links = Links(directory, fingerprint, replicas, self._open, self._tls)
         self._links.loop.call_soon_threadsafe(self._links.loop.add_reader, self._client.event_fd(), self._note_events)
 
     def scatter(
@@ -190,7 +185,9 @@ class NativeTransport:
     async def _open(self, address: str, live: LiveReplica) -> NativeStream:
         loop = asyncio.get_running_loop()
         experts = {layer: sorted(held) for layer, held in live.experts.items()}
-        number = self._client.open(address, live.replica_id, live.max_rows, experts)
+        pem = self._tls.read() if self._tls else None
+        shown = (pem.ca, pem.certificate, pem.key) if pem else None
+        number = self._client.open(address, live.replica_id, live.max_rows, experts, shown)
         live.count = lambda: self._client.load(number)
         opened = self._opened[number] = loop.create_future()
         stream = NativeStream(self, number, loop.create_future())

@@ -15,7 +15,7 @@ import grpc.aio
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import FINGERPRINT_KEY, open_channel
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import CurrentTls
 from router_service.latency import Latency
 from router_service.replicas import LiveReplica
 
@@ -43,7 +43,7 @@ class Waiting:
 class ReplicaStream:
     """Lives on one event loop. Any number of requests may be open; replies are matched by id."""
 
-    def __init__(self, address: str, fingerprint: str, live: LiveReplica, tls: TlsFiles | None = None) -> None:
+    def __init__(self, address: str, fingerprint: str, live: LiveReplica, tls: CurrentTls | None = None) -> None:
         self._live = live
         self._channel = open_channel(address, tls)
         stub = pb_grpc.ExpertServiceStub(self._channel)

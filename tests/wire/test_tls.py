@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
-from certificates import Authority
+from certificates import Authority, install
 from mesh import TRANSPORTS, group_args, running_directory
 from tiny_models import EXPERTS, make_checkpoint
 
@@ -20,7 +23,7 @@ from expertmesh.config import load_config
 from expertmesh.errors import ConfigError
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc
-from expertmesh.wire.tls import TlsFiles
+from expertmesh.wire.tls import TlsBytes, TlsFiles
 from router_service.connection import RouterSettings, open_transport
 from router_service.dispatcher import Dispatcher
 from router_service.recovery import ExpertsUnavailable
@@ -129,14 +132,138 @@ def test_a_replica_refuses_callers_that_do_not_prove_who_they_are(
             assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize("damage", ["absent", "not PEM"])
+@pytest.mark.parametrize("damage", ["absent", "not PEM", "of another"])
 def test_a_file_that_cannot_serve_is_named(artifact: Path, directory: str, tmp_path: Path, damage: str) -> None:
     tls = Authority(tmp_path).issue()
     wrong = tmp_path / "wrong.pem"
     if damage == "not PEM":
         wrong.write_text("certificate")
-    with pytest.raises(ConfigError, match=r"security\.tls\.key: .*wrong\.pem: (no such file|is not PEM)"):
+    if damage == "of another":
+        wrong.write_bytes(Authority(tmp_path, "theirs").issue().read().key)
+    with pytest.raises(ConfigError, match=r"security\.tls\.key: .*wrong\.pem: (no such file|is not)"):
         Replica(group_args(artifact, directory, "g", {0}, tls=tls.model_copy(update={"key": wrong})), directory)
+
+
+def credentials(pem: TlsBytes) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+
+
+def refuses(address: str, pem: TlsBytes) -> bool:
+    """Whether a new connection that shows and trusts these is refused."""
+    try:
+        describe(address, credentials(pem))
+    except grpc.RpcError as error:
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        return True
+    return False
+
+
+@contextmanager
+def steps_without_end(made: Dispatcher) -> Iterator[None]:
+    """Steps follow one another meanwhile; raises what one of them raised."""
+    ended, failures = threading.Event(), list[ExpertsUnavailable]()
+
+    def run() -> None:
+        while not ended.is_set() and not failures:
+            try:
+                step(made)
+            except ExpertsUnavailable as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize("server", TRANSPORTS)
+@pytest.mark.parametrize("client", TRANSPORTS)
+def test_certificates_and_authorities_are_replaced_while_rows_cross(
+    artifact: Path, directory: str, tmp_path: Path, client: str, server: str
+) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    ours, theirs = old.issue(), Authority(tmp_path, "theirs").issue()
+    install(ours, theirs, "ca", "certificate", "key")  # router and replica each have files of their own
+    of_old = ours.read()
+    with (
+        replica(artifact, directory, theirs, server) as served,
+        dispatcher(artifact, directory, ours, 30, client) as made,
+        steps_without_end(made),
+    ):
+        rows = served.load().rows_total
+        again = old.issue()
+        for files in (ours, theirs):
+            install(again, files, "certificate", "key")
+        assert not refuses(served.address, ours.read())
+        for files in (ours, theirs):
+            install(files, files, authorities=(old, new))
+        assert not refuses(served.address, of_old)
+        of_new = new.issue()
+        for files in (ours, theirs):
+            install(of_new, files, "certificate", "key")
+        only_new = of_new.read()
+        assert refuses(served.address, of_old)  # it trusts the old authority alone, the replica is of the new
+        assert not refuses(served.address, only_new)
+        still_of_old = TlsBytes(ours.read().ca, of_old.certificate, of_old.key)
+        assert not refuses(served.address, still_of_old)
+        for files in (ours, theirs):
+            install(files, files, authorities=(new,))
+        assert refuses(served.address, still_of_old)
+        assert not refuses(served.address, only_new)
+        step(made)
+        assert served.load().rows_total > rows
+        # the router's own new connections are of the new authority too
+        with replica(artifact, directory, of_new, server) as second:
+            until = time.monotonic() + 30
+            while not second.load().rows_total and time.monotonic() < until:
+                step(made)
+            assert second.load().rows_total
+
+
+@pytest.mark.parametrize("server", TRANSPORTS)
+def test_files_that_do_not_fit_leave_the_last_good_ones_in_use(
+    artifact: Path, directory: str, tmp_path: Path, server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path, "ours")
+    tls = authority.issue()
+    shown = tls.read()
+    good = {name: getattr(tls, name).read_bytes() for name in ("ca", "certificate", "key")}
+    other = Authority(tmp_path, "theirs").issue().read()
+    damage = {"key": other.key, "certificate": shown.certificate[:300], "ca": b""}
+    with caplog.at_level(logging.WARNING, "expertmesh.wire.tls"), replica(artifact, directory, tls, server) as served:
+        for name, content in damage.items():
+            caplog.clear()
+            path: Path = getattr(tls, name)
+            path.write_bytes(content)
+            for _ in range(3):
+                assert not refuses(served.address, shown)
+            (said,) = [record.getMessage() for record in caplog.records if record.name == "expertmesh.wire.tls"]
+            assert str(path) in said
+            assert "the files read before stay in use" in said
+            path.write_bytes(good[name])
+        tls.key.unlink()
+        assert not refuses(served.address, shown)
+        install(Authority(tmp_path, "last").issue(), tls, "ca", "certificate", "key")
+        assert refuses(served.address, shown)
+        assert not refuses(served.address, tls.read())
+
+
+@pytest.mark.parametrize("client", TRANSPORTS)
+def test_a_router_with_files_that_do_not_fit_connects_with_the_last_good_ones(
+    artifact: Path, directory: str, tmp_path: Path, client: str
+) -> None:
+    ours = Authority(tmp_path, "ours")
+    tls, theirs = ours.issue(), Authority(tmp_path, "theirs").issue()
+    install(tls, theirs, "ca", "certificate", "key")
+    with dispatcher(artifact, directory, tls, 30, client) as made:
+        tls.key.unlink()
+        with replica(artifact, directory, theirs):
+            assert step(made).shape == (2, 64)
 
 
 def test_paths_in_a_config_start_at_its_folder(tmp_path: Path) -> None:
