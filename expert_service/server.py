@@ -49,7 +49,8 @@ class ExpertServer:
     def __init__(self, servicer: expert_pb2_grpc.ExpertServiceServicer, tls: TlsFiles | None = None) -> None:
         """Raises ConfigError where a file of `tls` cannot serve."""
         self._servicer = servicer
-        self._credentials = server_credentials(CurrentTls(tls)) if tls else None
+        self._tls = CurrentTls(tls) if tls else None
+        self._credentials: grpc.ServerCredentials | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
@@ -67,8 +68,9 @@ class ExpertServer:
 
     def _add_port(self, address: str) -> int:
         assert self._server is not None
-        if self._credentials is None:
+        if self._tls is None:
             return self._server.add_insecure_port(address)
+        self._credentials = server_credentials(self._tls)
         return self._server.add_secure_port(address, self._credentials)
 
     async def set_serving(self, serving: bool) -> None:

@@ -28,12 +28,16 @@ class Authority:
         made = self._builder(self._name, self._key).add_extension(basic, critical=True).sign(self._key, hashes.SHA256())
         self.ca = self._write("ca.pem", made.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, address: str | None = "127.0.0.1", name: str | None = None) -> TlsFiles:
-        """Files of a peer whose certificate bears an address, or else a name that the others are told."""
+    def issue(
+        self, address: str | None = "127.0.0.1", name: str | None = None, left: datetime.timedelta = VALID
+    ) -> TlsFiles:
+        """Files of a peer whose certificate bears an address, or else a name that the others are told; it ends in
+        `left`."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name or "peer")])
         bears: x509.GeneralName = x509.DNSName(name) if name else x509.IPAddress(ipaddress.ip_address(address))
-        builder = self._builder(subject, key).add_extension(x509.SubjectAlternativeName([bears]), critical=False)
+        builder = self._builder(subject, key, left)
+        builder = builder.add_extension(x509.SubjectAlternativeName([bears]), critical=False)
         made = builder.sign(self._key, hashes.SHA256())
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -45,7 +49,9 @@ class Authority:
             server_name=name,
         )
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, left: datetime.timedelta = VALID
+    ) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
@@ -54,7 +60,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - VALID)
-            .not_valid_after(now + VALID)
+            .not_valid_after(now + left)
         )
 
     def _write(self, name: str, content: bytes) -> Path:

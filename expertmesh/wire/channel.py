@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import grpc
 import grpc.aio
 
-from expertmesh.wire.tls import CurrentTls
+from expertmesh.wire.tls import CurrentTls, TlsBytes
 
 FINGERPRINT_KEY = "expertmesh-fingerprint"
 """Metadata key under which the caller of Dispatch names its model."""
@@ -30,6 +32,8 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),
 ]
 SERVER_NAME_OPTION = "grpc.ssl_target_name_override"
+SETTLE_S = 0.05
+"""How long handshakes that have begun get to take what they need of the certificates before those are replaced."""
 
 
 def open_channel(address: str, tls: CurrentTls | None = None) -> grpc.aio.Channel:
@@ -44,10 +48,29 @@ def open_channel(address: str, tls: CurrentTls | None = None) -> grpc.aio.Channe
 
 
 def server_credentials(tls: CurrentTls) -> grpc.ServerCredentials:
-    """Of a replica, which asks for its callers' certificates too, and looks at `tls` before each handshake."""
+    """Of a replica, which asks for its callers' certificates too, and looks at `tls` before each handshake.
 
-    def current() -> grpc.ServerCertificateConfiguration:
+    For one port, and the caller must keep them for as long as it is open: gRPC does not.
+    """
+    shown = tls.read()
+
+    def replacement() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal shown
         pem = tls.read()
-        return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], pem.ca)
+        if pem == shown:
+            return None
+        shown = pem
+        # gRPC frees the old ones though another thread's handshake may be starting with them (grpc/grpc#36693);
+        # until this returns, no more begin
+        time.sleep(SETTLE_S)
+        return _configuration(pem)
 
-    return grpc.dynamic_ssl_server_credentials(current(), current, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(shown),
+        replacement,  # type: ignore[arg-type]  # its stub knows no None
+        require_client_authentication=True,
+    )
+
+
+def _configuration(pem: TlsBytes) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], pem.ca)

@@ -230,7 +230,8 @@ int Client::open(const std::string& address, const std::string& replica, size_t 
   for (const Op op : {Op::start, Op::read, Op::write, Op::finish}) {
     stream->tags[static_cast<size_t>(op)] = {stream.get(), op};
   }
-  stream->stub = std::make_unique<grpc::GenericStub>(grpc::CreateCustomChannel(address, make_credentials(tls), arguments));
+  const auto channel = grpc::CreateCustomChannel(address, make_credentials(tls), arguments);
+  stream->stub = std::make_unique<grpc::GenericStub>(channel);
   stream->context.AddMetadata(kFingerprintKey, options_.fingerprint);
 
   Lock lock(mutex_);

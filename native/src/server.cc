@@ -94,8 +94,8 @@ int Server::listen(const std::string& host, int first, int last) {
 }
 
 bool Server::try_listen(const std::string& address) {
-  std::shared_ptr<grpc::ServerCredentials> credentials = grpc::InsecureServerCredentials();
-  if (settings_.tls) credentials = std::make_shared<TlsCredentials>(&settings_.tls);
+  credentials_ = grpc::InsecureServerCredentials();
+  if (settings_.tls) credentials_ = std::make_shared<TlsCredentials>(settings_.tls);
   service_ = std::make_unique<grpc::AsyncGenericService>();
   grpc::ServerBuilder builder;
   for (const auto& [key, value] : settings_.options) {
@@ -104,7 +104,7 @@ bool Server::try_listen(const std::string& address) {
     if (key == GRPC_ARG_MAX_SEND_MESSAGE_LENGTH) builder.SetMaxSendMessageSize(value);
     builder.AddChannelArgument(key, value);
   }
-  builder.AddListeningPort(address, credentials, &port_);
+  builder.AddListeningPort(address, credentials_, &port_);
   builder.RegisterAsyncGenericService(service_.get());
   queue_ = builder.AddCompletionQueue();
   server_ = builder.BuildAndStart();

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -223,6 +225,61 @@ def test_certificates_and_authorities_are_replaced_while_rows_cross(
             while not second.load().rows_total and time.monotonic() < until:
                 step(made)
             assert second.load().rows_total
+
+
+@pytest.mark.parametrize("server", TRANSPORTS)
+def test_an_expired_certificate_is_refused(artifact: Path, directory: str, tmp_path: Path, server: str) -> None:
+    authority = Authority(tmp_path)
+    expired = authority.issue(left=-datetime.timedelta(minutes=1)).read()
+    tls = authority.issue()
+    with replica(artifact, directory, tls, server) as served:
+        assert refuses(served.address, expired)
+        assert not refuses(served.address, tls.read())
+
+
+@pytest.mark.parametrize("server", TRANSPORTS)
+def test_many_connect_at_once_while_files_are_replaced(
+    artifact: Path, directory: str, tmp_path: Path, server: str
+) -> None:
+    authority = Authority(tmp_path)
+    tls = authority.issue()
+    shown, refused = tls.read(), []
+    begin, ended = threading.Barrier(5), threading.Event()
+
+    def connect() -> None:
+        begin.wait()
+        while not ended.is_set():
+            refused.append(refuses(served.address, shown))
+
+    with replica(artifact, directory, tls, server) as served:
+        threads = [threading.Thread(target=connect) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        begin.wait()
+        for _ in range(3):
+            so_far = len(refused)
+            while len(refused) < so_far + 200 and any(thread.is_alive() for thread in threads):
+                time.sleep(0.01)
+            authority.issue()  # over the files in use
+        ended.set()
+        for thread in threads:
+            thread.join()
+    assert len(refused) >= 600
+    assert not any(refused)
+
+
+@pytest.mark.parametrize("server", TRANSPORTS)
+def test_a_port_in_use_is_passed_over(artifact: Path, directory: str, tmp_path: Path, server: str) -> None:
+    tls = Authority(tmp_path).issue()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        more = {"tls": tls, "transport": server, "ports": (port, port + 20)}
+        made = Replica(group_args(artifact, directory, "g", {0}, **more), directory)
+        try:
+            assert made.address != f"127.0.0.1:{port}"
+            assert not refuses(made.address, tls.read())
+        finally:
+            made.stop()
 
 
 @pytest.mark.parametrize("server", TRANSPORTS)
