@@ -98,7 +98,7 @@ class Reader {
   /// Moves to the next field; false at the end, and where the bytes are malformed.
   bool next() {
     if (!ok_ || left_.size() == 0) return false;
-    return ok_ = read_tag() && type_ != kGroupEnd && read_value();
+    return ok_ = read_tag() && field_ != 0 && type_ != kGroupEnd && read_value();
   }
 
   bool ok() const { return ok_; }
@@ -126,7 +126,7 @@ class Reader {
     if (!read_varint(&tag, kMaxTagBytes) || tag > UINT32_MAX) return false;
     field_ = static_cast<uint32_t>(tag >> 3);
     type_ = static_cast<WireType>(tag & 7);
-    return field_ != 0;
+    return true;
   }
 
   bool read_value() {
@@ -176,7 +176,7 @@ class Reader {
     return true;
   }
 
-  /// Skips to the end of the group just begun; groups may nest.
+  /// Skips to the end of the group just begun; groups may nest, and field 0 may stand in them.
   bool skip_group() {
     uint32_t open[kMaxGroupDepth];
     int depth = 0;

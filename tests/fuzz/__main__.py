@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import faulthandler
 import json
 import sys
@@ -35,7 +34,7 @@ def main() -> None:
             flush=True,
         )
     if arguments.json is not None:
-        described = {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
+        described = {name: vars(outcome) for name, outcome in outcomes.items()}
         arguments.json.write_text(json.dumps(described, indent=2) + "\n")
     sys.exit(not all(outcome.passed() for outcome in outcomes.values()))
 

@@ -37,6 +37,7 @@ CASES = {
     "groups too deep": WHOLE + nested_groups(5000),
     "known field of another type": WHOLE + tag(1, 5) + bytes(4) + tag(3, 0) + varint(1) + tag(7, 2) + b"\x01\x01",
     "field zero": WHOLE + tag(0, 0) + varint(1),
+    "field zero in a group": WHOLE + tag(90, 3) + tag(0, 0) + varint(1) + tag(0, 3) + tag(0, 4) + tag(90, 4),
     "wire type six": WHOLE + tag(9, 6),
     "wire type seven": WHOLE + tag(9, 7),
     "tag of five bytes": WHOLE + b"\xf8\xff\xff\xff\x0f\x01",
