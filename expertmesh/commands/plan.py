@@ -67,7 +67,7 @@ def plan(
     known, origin = find_loads(subject, loads, window, tokens_per_s)
     busy = target_busy or (subject.config.scaling.target_busy if subject.config else 0.6)
     capacity = find_capacity(
-        subject, known, busy, DeviceChoice(rows_per_replica, teraflops, memory_gb_per_s, batch_rows)
+        subject, known, busy, DeviceChoice(rows_per_replica, teraflops, memory_gb_per_s, batch_rows), window
     )
     today = subject.config.groups if subject.config else ()
     if memory_gib is None:
