@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import grpc
 import numpy
 import pytest
 from mesh import running_directory
 from placement_values import loads_of, manifest
+from typer.testing import CliRunner
 
+from expertmesh.artifact.manifest import read_manifest
+from expertmesh.cli import app
 from expertmesh.commands.plan_inputs import DeviceChoice, Subject, find_capacity
 from expertmesh.directory.client import METADATA
+from expertmesh.errors import ConfigError
+from expertmesh.placement.planner import NO_COACTIVATION
 from expertmesh.placement.shapes import shape_of
 from expertmesh.placement.sizing import size_of_shape
 from expertmesh.v1 import directory_pb2 as pb
@@ -30,6 +36,18 @@ def announce(directory: str, rows: int, fingerprint: str) -> None:
         directory_pb2_grpc.DirectoryServiceStub(channel).Announce(
             pb.AnnounceRequest(replica=replica, lease_ms=60_000, expert_rows=told), metadata=METADATA
         )
+
+
+def test_a_running_cluster_does_not_tell_which_experts_fire_together(demo_artifact: Path) -> None:
+    with running_directory() as directory:
+        for rows in (0, 5000):
+            announce(directory, rows, read_manifest(demo_artifact).fingerprint)
+            time.sleep(0.2)
+        asked = ["plan", "--artifact", str(demo_artifact), "--directory", directory, "--objective"]
+        spread = CliRunner().invoke(app, [*asked, "spread"], catch_exceptions=False)
+        assert f"! objective spread: {NO_COACTIVATION}\n" in spread.stdout
+        with pytest.raises(ConfigError, match="objective gather: these loads do not tell"):
+            CliRunner().invoke(app, [*asked, "gather"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(("fingerprint", "source"), [("f" * 64, "observed: "), ("e" * 64, "assumed: ")])
