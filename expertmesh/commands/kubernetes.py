@@ -226,6 +226,9 @@ def rebalance(
     threshold: Annotated[
         float, typer.Option(help="With --watch: least share of memory x time that a plan saves.", min=0, max=1)
     ] = 0.1,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="With --watch: of experts in one replica; no limit is known else.", min=1e-9)
+    ] = None,
     cool_down: Annotated[float, typer.Option(help="With --watch: seconds between two rebalances.", min=0)] = 600,
     window: Annotated[float, typer.Option(help="With --watch: seconds of load that count.", min=1)] = 300,
     interval: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 60,
@@ -257,8 +260,9 @@ def rebalance(
         if directory is None or artifact is None:
             raise typer.BadParameter("--watch needs --directory and --artifact")
         connection, services, service = _found(name, namespace, kubeconfig, context)
+        served, patience = read_manifest(artifact), Patience(timeout, settle)
         subject = ControlledService(
-            services, service.name, directory, artifact, read_manifest(artifact), Patience(timeout, settle), lines(err)
+            services, service.name, directory, artifact, served, patience, lines(err), memory_gib
         )
         controller = Controller(lambda: subject, Limits(threshold, cool_down), window, observe)
         candidate = Candidate(connection, connection.namespace, lease, identity()) if lease else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from expertmesh.errors import ConfigError
 from expertmesh.placement.capacity import Capacity
 from expertmesh.placement.make import Bounds, Proposal, propose
 from expertmesh.placement.plan import plan_text
-from expertmesh.placement.planner import Aims
+from expertmesh.placement.planner import NO_COACTIVATION, Aims
 from expertmesh.placement.refine import Objective
 from expertmesh.placement.sizing import sizing_text
 
@@ -38,8 +39,12 @@ def plan(
     tokens_per_s: Annotated[float, typer.Option(help="Where loads are uniform.", min=1e-6)] = 1,
     groups: Annotated[int | None, typer.Option(help="Default: as many as are worth it.", min=1, max=1024)] = None,
     objective: Annotated[
-        Objective, typer.Option(help="Experts that fire together: apart (spread) or in one group (gather).")
-    ] = "spread",
+        Objective | None,
+        typer.Option(
+            help="Experts that fire together, which only --loads tells: apart (spread, the default) or in one "
+            "group (gather)."
+        ),
+    ] = None,
     memory_gib: Annotated[float | None, typer.Option(help="Of experts in one replica.", min=1e-9)] = None,
     rows_per_replica: Annotated[
         float | None, typer.Option(help="Rows/s that a replica sustains, over all layers.", min=1e-9)
@@ -67,13 +72,15 @@ def plan(
     known, origin = find_loads(subject, loads, window, tokens_per_s)
     busy = target_busy or (subject.config.scaling.target_busy if subject.config else 0.6)
     capacity = find_capacity(
-        subject, known, busy, DeviceChoice(rows_per_replica, teraflops, memory_gb_per_s, batch_rows)
+        subject, known, busy, DeviceChoice(rows_per_replica, teraflops, memory_gb_per_s, batch_rows), window
     )
     today = subject.config.groups if subject.config else ()
     if memory_gib is None:
         memory_gib = max((group.memory_gib for group in today if group.memory_gib), default=None)
-    aims = Aims(capacity.rows_per_s, busy, groups, memory_gib, max_replicas, objective, second_homes)
+    aims = Aims(capacity.rows_per_s, busy, groups, memory_gib, max_replicas, objective or "spread", second_homes)
     made = propose(subject.manifest, known, aims, Bounds(growth, sleep), today)
+    if objective is not None and not known.coactivation:
+        made = replace(made, remarks=(*made.remarks, f"objective {objective}: {NO_COACTIVATION}"))
     if output is not None:
         _write(output, plan_text(made.plan))
     if json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from expertmesh.artifact.manifest import Manifest, read_manifest
 from expertmesh.cluster import record
 from expertmesh.config import ClusterConfig, EmulatedDevice, load_config
 from expertmesh.coverage import check_coverage
-from expertmesh.directory.client import expert_load, list_table
+from expertmesh.directory.client import expert_load
 from expertmesh.errors import ConfigError
 from expertmesh.placement.capacity import (
     Capacity,
@@ -22,8 +21,6 @@ from expertmesh.placement.capacity import (
 from expertmesh.placement.loads import Loads, check_loads, observed_loads, read_loads_file, uniform_loads
 from expertmesh.placement.shapes import shape_of
 from expertmesh.placement.sizing import Sizing, size_of_artifact, size_of_shape
-
-BUSY_WINDOW_S, BUSY_READS = 10.0, 4
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,9 @@ def find_loads(subject: Subject, given: Path | None, window_s: float, tokens_per
     return uniform_loads(subject.manifest, tokens_per_s), f"uniform, {tokens_per_s:g} tokens/s"
 
 
-def find_capacity(subject: Subject, loads: Loads, target_busy: float, choice: DeviceChoice) -> Capacity:
+def find_capacity(
+    subject: Subject, loads: Loads, target_busy: float, choice: DeviceChoice, window_s: float
+) -> Capacity:
     """Given, of the named device, observed where a cluster runs, of the config's device, or assumed: in this order."""
     if choice.rows_per_replica is not None:
         return given_capacity(choice.rows_per_replica)
@@ -101,19 +100,10 @@ def find_capacity(subject: Subject, loads: Loads, target_busy: float, choice: De
         device = EmulatedDevice(teraflops=choice.teraflops, memory_gb_per_s=choice.memory_gb_per_s)
         return modelled_capacity(device, subject.manifest, choice.batch_rows)
     if subject.directory is not None:
-        observed = _observe(subject.directory)
-        if observed is not None:
+        reply = expert_load(subject.directory, window_s)
+        observed = observed_capacity(reply)
+        if observed is not None and reply.fingerprint == subject.manifest.fingerprint:
             return observed
     if device is not None:
         return modelled_capacity(device, subject.manifest, choice.batch_rows)
     return assumed_capacity(loads, target_busy, today)
-
-
-def _observe(directory: str) -> Capacity | None:
-    tables = []
-    for number in range(BUSY_READS):
-        if number:
-            time.sleep(1.0)
-        tables.append(list_table(directory))
-    reply = expert_load(directory, BUSY_WINDOW_S)
-    return observed_capacity(sum(sum(layer.rows) for layer in reply.layers), reply.window_s, tables)

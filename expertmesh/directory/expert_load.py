@@ -1,4 +1,5 @@
-"""Rows that each expert of each layer got, over sliding windows, from the counters that replicas announce.
+"""Rows that each expert of each layer got, over sliding windows, from the counters that replicas announce, and for how
+long the replicas computed them.
 
 What a counter grew by goes into sums over all replicas, one for every `SLICE_S` seconds; of a replica only its last
 counters and, per layer, the last minute are kept. For 61 layers of 256 experts the sums take 25 MB whatever the number
@@ -33,6 +34,8 @@ MAX_MODELS = 4
 MAX_ROWS_PER_S = 1e8
 """Of one replica, over all layers; more is no measurement."""
 MAX_ROWS_TOTAL = 2**53
+MAX_SHARE = 1.05
+"""Of its time that a replica says to be busy; rounding may take it a little beyond 1."""
 
 Rows = NDArray[numpy.int64]
 
@@ -52,6 +55,9 @@ class Reporter:
     last_at: float
     rows_total: int
     rows: Rows
+    busy_at: float
+    busy_s: float = 0.0
+    """Of the time from its last counters to `busy_at`."""
     by_layer: deque[tuple[int, Rows]] = field(default_factory=deque)
     """(slice, rows per layer), of the last minute."""
 
@@ -64,11 +70,13 @@ class Model:
     columns: dict[tuple[int, int], int] = field(default_factory=dict)
     """(layer, expert) -> its place in the sums."""
     slices: dict[int, Rows] = field(default_factory=dict)
+    busy_s: dict[int, float] = field(default_factory=dict)
+    """Slice -> of all replicas."""
 
     def place(self, experts: Iterable[tuple[int, int]]) -> NDArray[numpy.intp]:
         return numpy.array([self.columns.setdefault(one, len(self.columns)) for one in experts], dtype=numpy.intp)
 
-    def add(self, number: int, columns: NDArray[numpy.intp], rows: Rows) -> None:
+    def add(self, number: int, columns: NDArray[numpy.intp], rows: Rows, busy_s: float) -> None:
         sums = self.slices.get(number)
         if sums is None or len(sums) < len(self.columns):
             grown = numpy.zeros(len(self.columns), dtype=numpy.int64)
@@ -76,10 +84,11 @@ class Model:
                 grown[: len(sums)] = sums
             self.slices[number] = sums = grown
         sums[columns] += rows
+        self.busy_s[number] = self.busy_s.get(number, 0.0) + busy_s
 
     def trim(self, newest: int) -> None:
         for number in [one for one in self.slices if one <= newest - SLICES]:
-            del self.slices[number]
+            del self.slices[number], self.busy_s[number]
 
     def total(self, oldest: int) -> Rows:
         sums = numpy.zeros(len(self.columns), dtype=numpy.int64)
@@ -102,6 +111,7 @@ class ExpertLoads:
     def announce(self, replica: pb.Replica, reported: Sequence[pb.LayerRows], now: float) -> None:
         """Takes a replica's counters, unless they cannot be true: those are refused, with one line in the log until
         the replica makes sense again, and change nothing."""
+        self._note_busy(replica, now)
         if not reported:
             return
         try:
@@ -117,6 +127,14 @@ class ExpertLoads:
         """The replica has left; what it got stays in the windows."""
         self._reporters.pop(replica_id, None)
         self._refused.discard(replica_id)
+
+    def _note_busy(self, replica: pb.Replica, now: float) -> None:
+        """The share that it tells holds since it told the last one; what is no share counts as none."""
+        _, reporter = self._reporters.get(replica.replica_id, ("", None))
+        if reporter is not None:
+            share = replica.load.busy if 0 <= replica.load.busy <= MAX_SHARE else 0.0
+            reporter.busy_s += min(1.0, share) * (now - reporter.busy_at)
+            reporter.busy_at = now
 
     def _take(self, replica: pb.Replica, reported: Sequence[pb.LayerRows], now: float) -> None:
         rows = _checked(replica, reported)
@@ -143,7 +161,7 @@ class ExpertLoads:
             raise WireError(f"with its experts the model has more than {MAX_EXPERTS}")
         starts = numpy.cumsum([0, *(len(one.experts) for one in replica.layers)], dtype=numpy.intp)[:-1]
         numbers = [one.layer for one in replica.layers]
-        reporter = Reporter(layers, model.place(experts), starts, numbers, now, now, replica.load.rows_total, rows)
+        reporter = Reporter(layers, model.place(experts), starts, numbers, now, now, replica.load.rows_total, rows, now)
         self._reporters[replica.replica_id] = replica.fingerprint, reporter
 
     def _add_model(self, fingerprint: str, now: float) -> Model:
@@ -159,10 +177,10 @@ class ExpertLoads:
         """Over the slices since its last report, evenly, so that a report that comes late makes no peak."""
         newest = _slice(now)
         count = max(1, min(SLICES, newest - _slice(reporter.last_at)))
-        share = growth // count
+        share, busy_s, reporter.busy_s = growth // count, reporter.busy_s / count, 0.0
         for number in range(newest - count + 1, newest + 1):
             part = growth - share * (count - 1) if number == newest else share
-            model.add(number, reporter.columns, part)
+            model.add(number, reporter.columns, part, busy_s)
             per_layer = numpy.add.reduceat(part, reporter.starts)
             if reporter.by_layer and reporter.by_layer[-1][0] == number:
                 per_layer = per_layer + reporter.by_layer.pop()[1]
@@ -184,14 +202,16 @@ class ExpertLoads:
             rows = numpy.zeros(len(model.columns), dtype=numpy.int64)
             for reporter in live:
                 rows[reporter.columns] += reporter.rows
-            covered_s = now - model.began_at
+            covered_s, busy_s = now - model.began_at, 0.0
         else:
             oldest = _slice(now) - min(SLICES, max(1, round(window_s / SLICE_S))) + 1
             rows = model.total(oldest)
             covered_s = now - max(oldest * SLICE_S, model.began_at)
+            busy_s = sum(found for number, found in model.busy_s.items() if number >= oldest)
         return pb.ExpertLoadReply(
             fingerprint=fingerprint,
             window_s=covered_s,
+            busy_s=busy_s,
             layers=_by_layer(model, rows),
             oldest_report_s=max((now - one.last_at for one in live), default=0.0),
             balance=[pb.LayerBalance(layer=layer, balancedness=value) for layer, value in _balance(live, now).items()],

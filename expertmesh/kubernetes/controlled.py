@@ -35,16 +35,15 @@ class ControlledService:
     manifest: Manifest
     patience: Patience
     show: Show
+    memory_gib: float | None = None
+    """Of experts in one replica, which a Serve config does not tell."""
 
     def loads(self, window_s: float) -> directory_pb2.ExpertLoadReply:
         return expert_load(self.directory, window_s)
 
     def planned(self, loads: directory_pb2.ExpertLoadReply) -> Planned:
         text = self.services.get(self.name).serve_config
-        groups = tuple(map(read_group, group_applications(text).values()))
-        scaling = next((group.scaling for group in groups if group.scaling), ScalingSection())
-        model = ModelSection(artifact=self.artifact)
-        return plan_for(loads, ClusterConfig(model=model, groups=groups, scaling=scaling), self.manifest)
+        return plan_for(loads, read_config(text, self.artifact, self.memory_gib), self.manifest)
 
     def groups_changed(self, plan: Plan) -> int:
         change = self._proposal(plan).change
@@ -61,6 +60,15 @@ class ControlledService:
 
     def _proposal(self, plan: Plan) -> Proposal:
         return propose(self.services.get(self.name).serve_config, plan, self.manifest)
+
+
+def read_config(text: str, artifact: Path, memory_gib: float | None) -> ClusterConfig:
+    """The cluster that a Serve config deploys, with `memory_gib` of experts for one replica of any group. Raises
+    ConfigError where it is none."""
+    running = map(read_group, group_applications(text).values())
+    groups = tuple(one.model_copy(update={"memory_gib": memory_gib}) for one in running)
+    scaling = next((group.scaling for group in groups if group.scaling), ScalingSection())
+    return ClusterConfig(model=ModelSection(artifact=artifact), groups=groups, scaling=scaling)
 
 
 def lead(

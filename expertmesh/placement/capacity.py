@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.config import EmulatedDevice, GroupSection
 from expertmesh.placement.loads import Loads
 from expertmesh.placement.sizing import roofline_rows_per_s
-from expertmesh.v1 import directory_pb2, expert_pb2
+from expertmesh.v1 import directory_pb2
 
 LEAST_BUSY = 0.02
 """Replicas together must be busier than this for their busy share to say anything."""
@@ -35,14 +35,14 @@ def modelled_capacity(device: EmulatedDevice, manifest: Manifest, batch_rows: in
     )
 
 
-def observed_capacity(rows: float, window_s: float, tables: Sequence[directory_pb2.Table]) -> Capacity | None:
-    """From rows counted in a window and the busy shares that replicas reported in it; None where they had too little to
-    do, or report what is no share."""
-    busy = [sum(_busy_shares(table)) for table in tables]
-    mean = sum(busy) / len(busy) if busy else 0.0
-    if not mean > LEAST_BUSY or not rows > 0 or not window_s > 0:
+def observed_capacity(reply: directory_pb2.ExpertLoadReply) -> Capacity | None:
+    """From the rows of a window and how long the replicas were busy with them; None where they had too little to do, or
+    the directory does not tell."""
+    rows = sum(sum(layer.rows) for layer in reply.layers)
+    if not rows > 0 or not reply.window_s > 0 or not reply.busy_s > LEAST_BUSY * reply.window_s:
         return None
-    return Capacity(rows / window_s / mean, f"observed: {rows / window_s:,.0f} rows/s keep {mean:.2f} replicas busy")
+    busy = reply.busy_s / reply.window_s
+    return Capacity(rows / reply.busy_s, f"observed: {rows / reply.window_s:,.0f} rows/s keep {busy:.2f} replicas busy")
 
 
 def assumed_capacity(loads: Loads, target_busy: float, today: Iterable[GroupSection]) -> Capacity:
@@ -53,8 +53,3 @@ def assumed_capacity(loads: Loads, target_busy: float, today: Iterable[GroupSect
     return Capacity(
         total / (max(1, replicas) * target_busy), f"assumed: {who} these loads at the target; give --rows-per-replica"
     )
-
-
-def _busy_shares(table: directory_pb2.Table) -> list[float]:
-    ready = (one.load.busy for one in table.replicas if one.state == expert_pb2.REPLICA_STATE_READY)
-    return [min(1.0, busy) for busy in ready if 0 <= busy <= 1.05]

@@ -20,6 +20,8 @@ from expertmesh.placement.loads import Loads, check_loads, pair_matrix
 from expertmesh.placement.ranks import BALANCE_WEIGHT, GROWTH_WEIGHT, REPLICA_WEIGHT, Limits, cut, polish, replicas_for
 from expertmesh.placement.refine import Objective, add_homes, even_out, place_pairs
 
+NO_COACTIVATION = "these loads do not tell which experts fire together; only a file with coactivation does (--loads)"
+
 
 @dataclass(frozen=True)
 class Aims:
@@ -51,7 +53,7 @@ def divide(manifest: Manifest, loads: Loads, aims: Aims, today: Held | None = No
     """
     check_loads(loads, manifest, "loads")
     if aims.objective == "gather" and not loads.coactivation:
-        raise ConfigError("plan: objective gather: the loads hold no coactivation")
+        raise ConfigError(f"plan: objective gather: {NO_COACTIVATION}")
     limits = Limits(aims.capacity, _largest(manifest, aims), aims.max_replicas)
     array = loads.array(manifest)
     # from here on every layer's experts stand from hot to cold, so that their order in the model decides nothing

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 from expertmesh.cluster import record
 from expertmesh.cluster.record import Record
-from expertmesh.directory.client import expert_load, list_table
-from expertmesh.placement.capacity import Capacity, observed_capacity
+from expertmesh.directory.client import expert_load
 from expertmesh.placement.plan import Plan
 from expertmesh.rebalance.change import difference
 from expertmesh.rebalance.cluster import Cluster
@@ -21,7 +19,6 @@ from expertmesh.rebalance.watch import Planned
 from expertmesh.v1 import directory_pb2
 
 SOURCE = "expertmesh rebalance --watch"
-BUSY_WINDOW_S, BUSY_LOOKS = 10.0, 4
 
 
 class ControlledCluster:
@@ -36,16 +33,7 @@ class ControlledCluster:
         return expert_load(self._running.directory, window_s)
 
     def planned(self, loads: directory_pb2.ExpertLoadReply) -> Planned:
-        return plan_for(loads, self._local.config, self._local.manifest, self._capacity())
-
-    def _capacity(self) -> Capacity | None:
-        """Rows/s that one replica sustains, from a few looks at how busy the replicas are."""
-        directory, tables = self._running.directory, []
-        for number in range(BUSY_LOOKS):
-            time.sleep(1.0 if number else 0.0)
-            tables.append(list_table(directory))
-        recent = expert_load(directory, BUSY_WINDOW_S)
-        return observed_capacity(sum(sum(layer.rows) for layer in recent.layers), recent.window_s, tables)
+        return plan_for(loads, self._local.config, self._local.manifest)
 
     def groups_changed(self, plan: Plan) -> int:
         change = difference(self._local.config.groups, plan.groups, self._local.manifest)

@@ -8,7 +8,7 @@ import numpy
 
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.config import ClusterConfig, GroupSection
-from expertmesh.placement.capacity import Capacity, assumed_capacity, modelled_capacity
+from expertmesh.placement.capacity import assumed_capacity, modelled_capacity, observed_capacity
 from expertmesh.placement.division import evaluate
 from expertmesh.placement.groups import held_by
 from expertmesh.placement.loads import check_loads, observed_loads
@@ -22,20 +22,16 @@ BATCH_ROWS = 256
 """Of an emulated device, by which its capacity is modelled."""
 
 
-def plan_for(
-    reply: directory_pb2.ExpertLoadReply, config: ClusterConfig, manifest: Manifest, observed: Capacity | None = None
-) -> Planned:
-    """`observed` is what one replica was seen to sustain, where that is known.
-
-    Raises ClusterError where there are no loads yet, ConfigError where they are of another model or there is no plan.
-    """
+def plan_for(reply: directory_pb2.ExpertLoadReply, config: ClusterConfig, manifest: Manifest) -> Planned:
+    """Raises ClusterError without loads yet, ConfigError where they are of another model or there is no plan."""
     loads = observed_loads(reply, manifest)
     check_loads(loads, manifest, "directory")
     target = config.scaling.target_busy
     device = next((group.emulated for group in config.groups if group.emulated), None)
-    if observed is None and device is not None:
-        observed = modelled_capacity(device, manifest, BATCH_ROWS)
-    capacity = observed or assumed_capacity(loads, target, config.groups)
+    capacity = observed_capacity(reply)
+    if capacity is None and device is not None:
+        capacity = modelled_capacity(device, manifest, BATCH_ROWS)
+    capacity = capacity or assumed_capacity(loads, target, config.groups)
     memory_gib = max((group.memory_gib for group in config.groups if group.memory_gib), default=None)
     aims = Aims(capacity.rows_per_s, target, memory_gib=memory_gib)
     plan = _bounded(propose(manifest, loads, aims, Bounds(), config.groups).plan, config.groups)

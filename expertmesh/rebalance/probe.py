@@ -37,6 +37,10 @@ class Unverified(ClusterError):
     """A replica that does not answer as it should."""
 
 
+class Unwitnessed(ClusterError):
+    """Nothing is known of the new replica: of those that should answer the same, each failed."""
+
+
 @dataclass(frozen=True)
 class Verified:
     compared: int
@@ -45,6 +49,8 @@ class Verified:
     """Those that no other replica holds: only their shape and that they are numbers was checked."""
     worst: float
     """Largest difference, as a share of the row's root mean square."""
+    failed: tuple[str, ...] = ()
+    """Of each of the others that was asked and did not answer: its address and why."""
 
 
 def verify(
@@ -54,9 +60,11 @@ def verify(
     fingerprint: str,
     tls: TlsFiles | None = None,
 ) -> Verified:
-    """Asks `new` for one random row of every expert that it should hold, and one of `others` for the same.
+    """Asks `new` for one random row of every expert that it should hold, and one of `others` for the same: the least
+    busy that holds it, the next one where that fails.
 
-    Raises Unverified where it serves another model or other experts, or where an answer differs by more than TOLERANCE.
+    Raises Unverified where `new` fails, serves another model or other experts, or where an answer differs by more than
+    TOLERANCE; Unwitnessed where some of `others` hold an expert and none of them answers.
     """
     return asyncio.run(_verify(new, others, wanted, fingerprint, tls))
 
@@ -143,6 +151,41 @@ class Peer:
             raise Unverified(f"{self.address}: {(details or 'the call failed').splitlines()[0]}") from None
 
 
+@dataclass
+class Witnesses:
+    """Replicas that serve already. One that fails is asked no more."""
+
+    peer: Callable[[str], Awaitable[Peer]]
+    owners: Mapping[int, Mapping[int, Sequence[str]]]
+    """Layer -> expert -> addresses, in the order in which to ask."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Address -> why; the reason names the address."""
+
+    async def answers(self, layer: int, experts: Sequence[int], rows: Row) -> dict[int, tuple[str, Row]]:
+        """Expert -> who answered for its row of `rows` [R, H], and what; without those that nobody holds. Raises
+        Unwitnessed."""
+        found: dict[int, tuple[str, Row]] = {}
+        while missing := [one for one in experts if one in self.owners[layer] and one not in found]:
+            address = self._next(layer, missing[0])
+            asked = [one for one in missing if address in self.owners[layer][one]]
+            try:
+                answers = await (await self.peer(address)).answer(layer, asked, rows[[experts.index(e) for e in asked]])
+            except Unverified as error:
+                self.failed[address] = str(error)
+            else:
+                found |= {one: (address, answer) for one, answer in zip(asked, answers, strict=True)}
+        return found
+
+    def _next(self, layer: int, expert: int) -> str:
+        owners = self.owners[layer][expert]
+        for address in owners:
+            if address not in self.failed:
+                return address
+        raise Unwitnessed(
+            f"layer {layer}, expert {expert}: no other replica answers: {'; '.join(self.failed[one] for one in owners)}"
+        )
+
+
 async def _verify(
     new: directory_pb2.Replica,
     others: Sequence[directory_pb2.Replica],
@@ -162,7 +205,7 @@ async def _verify(
         described = await (await peer(new.address)).describe()
         check_description(described, who, wanted, fingerprint)
         tolerance = TOLERANCE.get(described.dtype, max(TOLERANCE.values()))
-        owners = _owners(others, wanted)
+        witnesses = Witnesses(peer, _owners(others, wanted))
         compared, alone, worst = 0, 0, 0.0
         for layer, experts in sorted(wanted.items()):
             ordered = sorted(experts)
@@ -170,20 +213,21 @@ async def _verify(
                 part = ordered[start : start + min(ROWS, described.limits.max_rows or ROWS)]
                 rows = _random_rows(layer, part, described.hidden_size)
                 found = await (await peer(new.address)).answer(layer, part, rows)
-                expected = await _expected(peer, owners[layer], layer, part, rows)
+                expected = await witnesses.answers(layer, part, rows)
                 alone += len(part) - len(expected)
                 compared += len(expected)
-                for row, (expert, answer) in zip(found, ((one, expected.get(one)) for one in part), strict=True):
-                    if answer is None:
+                for row, expert in zip(found, part, strict=True):
+                    if expert not in expected:
                         continue
+                    address, answer = expected[expert]
                     off = difference(row, answer)
                     worst = max(worst, off)
                     if off > tolerance:
                         raise Unverified(
                             f"{who}: layer {layer}, expert {expert}: its answer differs from that of "
-                            f"{owners[layer][expert]} by {off:.2g} of the row's RMS, {tolerance:g} is allowed"
+                            f"{address} by {off:.2g} of the row's RMS, {tolerance:g} is allowed"
                         )
-    return Verified(compared, alone, worst)
+    return Verified(compared, alone, worst, tuple(witnesses.failed.values()))
 
 
 def check_description(told: pb.DescribeResponse, who: str, wanted: LayerExperts, fingerprint: str) -> None:
@@ -206,27 +250,13 @@ def difference(row: Row, expected: Row) -> float:
     return off / scale if scale else off
 
 
-async def _expected(
-    peer: Callable[[str], Awaitable[Peer]], owners: Mapping[int, str], layer: int, experts: Sequence[int], rows: Row
-) -> dict[int, Row]:
-    """Expert -> what the replica that serves it already answers for its row."""
-    found: dict[int, Row] = {}
-    for address in sorted(set(owners.values())):
-        places = [place for place, expert in enumerate(experts) if owners.get(expert) == address]
-        if places:
-            asked = [experts[place] for place in places]
-            answers = await (await peer(address)).answer(layer, asked, rows[places])
-            found |= dict(zip(asked, answers, strict=True))
-    return found
-
-
-def _owners(others: Sequence[directory_pb2.Replica], wanted: LayerExperts) -> dict[int, dict[int, str]]:
-    """Layer -> expert -> the least busy replica that holds it."""
-    owners: dict[int, dict[int, str]] = {layer: {} for layer in wanted}
-    for replica in sorted(others, key=lambda one: one.load.busy, reverse=True):
+def _owners(others: Sequence[directory_pb2.Replica], wanted: LayerExperts) -> dict[int, dict[int, list[str]]]:
+    """Layer -> expert -> the replicas that hold it, the least busy first."""
+    owners: dict[int, dict[int, list[str]]] = {layer: {} for layer in wanted}
+    for replica in sorted(others, key=lambda one: one.load.busy):
         for held in replica.layers:
-            if held.layer in owners:
-                owners[held.layer] |= dict.fromkeys(held.experts, replica.address)
+            for expert in wanted.get(held.layer, frozenset()).intersection(held.experts):
+                owners[held.layer].setdefault(expert, []).append(replica.address)
     return owners
 
 

@@ -205,7 +205,7 @@ class Rebalance:
 
     def _verify(self, names: Sequence[str], journal: Journal, say: Callable[[str], None]) -> None:
         # imported here: it loads numpy, which the command line does without
-        from expertmesh.rebalance.probe import Unverified, verify
+        from expertmesh.rebalance.probe import Unverified, Unwitnessed, verify
 
         table = self.ask(self.cluster.table)
         held = held_experts((*journal.before, *journal.after), self.manifest)
@@ -219,10 +219,13 @@ class Rebalance:
                     found = verify(new, others, held[name], self.manifest.fingerprint, self.config.security.tls)
                 except Unverified as error:
                     raise StepFailed(f"group {name} is not what it should be: {error}") from None
+                except Unwitnessed as error:
+                    raise StepFailed(f"group {name} cannot be compared: {error}") from None
                 say(
                     f"{new.address} answers as others do for {found.compared} experts of all layers "
                     f"(largest difference {found.worst:.1g} of a row's RMS)"
                     + (f"; {found.alone} have no other replica" if found.alone else "")
+                    + "".join(f"; failed beside it: {one}" for one in found.failed)
                 )
 
     def _await_rows(self, names: Sequence[str], journal: Journal, say: Callable[[str], None]) -> None:

@@ -111,6 +111,13 @@ def _listed(scenario: Scenario) -> Sequence[Group]:
     if sections is None:
         assert scenario.plan is not None
         sections = read_plan_file(scenario.plan).groups
+    age_s = scenario.policy.metrics_age_s
+    for section in sections:
+        if section.scaling is not None and age_s > section.scaling.stale_after_s:
+            raise ConfigError(
+                f"policy.metrics_age_s: {age_s:g} s, but stale_after_s {section.scaling.stale_after_s:g} of group "
+                f"{section.name} ignores those"
+            )
     layers: Mapping[int, int] = dict.fromkeys(scenario.model.numbers, scenario.model.experts)
     return [
         Group(

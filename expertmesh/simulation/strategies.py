@@ -61,7 +61,8 @@ class Alone:
 
 
 class Uniform:
-    """All groups the same number, as the hottest needs: scaling of whole expert-parallel instances."""
+    """All groups the same number, as the hottest needs: scaling of whole expert-parallel instances. One decision for
+    all, unlike `benchmarks/switched_policy.py`, which decides for each."""
 
     def __init__(self, scenario: Scenario, layout: Layout) -> None:
         self._bounds = widest(layout.groups)

@@ -56,6 +56,49 @@ def test_rows_over_windows_and_since_the_replicas_began() -> None:
     assert window(loads, 600, now=3000) == {1: [0, 0], 2: [0, 0]}
 
 
+def beat(loads: ExpertLoads, name: str, busy: float, rows: int | None, now: float, fingerprint: str = "f") -> None:
+    """An announcement with a busy share, with counters unless `rows` is None."""
+    entry = replica(name, {1: [rows or 0]}, 10**6, fingerprint)
+    entry.load.busy = busy
+    loads.announce(entry, [] if rows is None else rows_of({1: [rows]}), now)
+
+
+def test_busy_seconds_cover_the_same_time_as_the_rows() -> None:
+    """30 rows/s at a busy share of 0.25 until second 60, then 160 rows/s at 0.8: 120 and 200 rows per busy second.
+    Shares come each second, counters each third one, once late."""
+    loads = ExpertLoads()
+    rows = 0
+    for second in range(121):
+        rows += 0 if second == 0 else 30 if second <= 60 else 160
+        reported = second % 3 == 0 and second not in (87, 90)
+        beat(loads, "a", 0.25 if second <= 60 else 0.8, rows if reported else None, now=900 + second)
+    for window_s, now in [(60, 1020), (30, 1020), (12, 1020), (12, 1022.9)]:
+        reply = loads.reply(window_s, now)
+        assert sum(reply.layers[0].rows) / reply.busy_s == pytest.approx(200)
+    assert loads.reply(600, 1020).busy_s == pytest.approx(0.25 * 60 + 0.8 * 60)
+    assert loads.reply(0, 1020).busy_s == 0
+    assert loads.reply(60, 3000).busy_s == 0
+
+
+def test_busy_seconds_are_those_of_the_model_whose_rows_are_told() -> None:
+    loads = ExpertLoads()
+    for second in range(0, 31, 3):
+        for name in "ab":
+            beat(loads, name, 0.5, 10 * second, 900 + second)
+        beat(loads, "other", 1.0, second, 900 + second, fingerprint="g")
+    reply = loads.reply(60, 930)
+    assert (reply.fingerprint, sum(reply.layers[0].rows)) == ("f", 600)
+    assert reply.busy_s == pytest.approx(2 * 0.5 * 30)
+
+
+@pytest.mark.parametrize(("share", "busy_s"), [(float("nan"), 0), (-1, 0), (7, 0), (float("inf"), 0), (1.02, 3)])
+def test_what_is_no_busy_share_counts_as_none(share: float, busy_s: float) -> None:
+    loads = ExpertLoads()
+    beat(loads, "a", share, 0, 900)
+    beat(loads, "a", share, 5, 903)
+    assert loads.reply(60, 903).busy_s == busy_s
+
+
 def test_replicas_are_summed_and_those_that_left_stay_in_the_window() -> None:
     loads = ExpertLoads()
     for name in "ab":
@@ -202,8 +245,9 @@ def test_what_is_kept_does_not_grow_with_time() -> None:
     """Nor with replicas that come and go."""
     loads, sizes = ExpertLoads(), []
     for turn in range(3 * SLICES):
-        tell(loads, "a", {layer: [turn] * 8 for layer in range(5)}, 3.0 * turn)
-        tell(loads, f"b{turn}", {9: [turn]}, 3.0 * turn)
+        now = 3.0 * (1000 + turn)  # so that the slices' numbers take the same bytes
+        tell(loads, "a", {layer: [turn] * 8 for layer in range(5)}, now)
+        tell(loads, f"b{turn}", {9: [turn]}, now)
         loads.withdraw(f"b{turn - 5}")
         if turn % SLICES == SLICES - 1:
             sizes.append(len(pickle.dumps(loads)))

@@ -77,6 +77,7 @@ def test_the_command_of_the_rebalancer_exists() -> None:
     (rebalancer,) = (one for one in rendered if one["kind"] == "Deployment")
     (container,) = rebalancer["spec"]["template"]["spec"]["containers"]
     parse([*container["command"], *container["args"]])
+    assert "--memory-gib=20" in container["args"], "the largest of its groups'"
 
 
 def parse(command: list[str]) -> None:

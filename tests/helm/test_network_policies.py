@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tools.chart.helm import CHART, objects, template
+from tools.chart.helm import CHART, helm, objects, template
 
 CPU = CHART / "ci" / "cpu-values.yaml"
 OURS = {"app.kubernetes.io/instance": "demo", "app.kubernetes.io/part-of": "expertmesh"}
@@ -154,6 +154,23 @@ def test_clients_can_be_named() -> None:
     assert may(policies, "test", "router", 8000)
     assert not may(policies, "neighbour", "router", 8000)
     assert not may(policies, "internet", "router", 8000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ((), True),
+        (("networkPolicy.operator.namespaceLabels.team=ray",), False),
+        (("networkPolicy.enabled=false",), False),
+    ],
+)
+def test_the_notes_say_that_an_operator_may_be_anywhere(settings: tuple[str, ...], said: bool) -> None:
+    given = [word for setting in ("ray.requireKubeRay=false", *settings) for word in ("--set", setting)]
+    example = CHART / "examples" / "demo-cpu.yaml"
+    text = helm("install", "demo", str(CHART), "-f", str(example), "--dry-run=client", *given)
+    notes = text.partition("NOTES:")[2]
+    assert "Test it:" in notes
+    assert ("networkPolicy.operator.namespaceLabels is empty: a pod of any namespace" in notes) == said
 
 
 def test_name_servers_can_be_anywhere() -> None:

@@ -21,6 +21,7 @@ from expertmesh.config import load_config
 from expertmesh.errors import ExpertMeshError
 from expertmesh.placement.loads import loads_text
 from expertmesh.placement.plan import check_plan, read_plan_file
+from expertmesh.placement.planner import NO_COACTIVATION
 
 
 def run(*arguments: str) -> Result:
@@ -74,6 +75,17 @@ def test_uniform_loads_of_a_shape() -> None:
     assert found["planned"]["memory_gib"] == pytest.approx(found["sizing"]["experts_gib"])
 
 
+def test_an_objective_for_loads_that_hold_no_coactivation(tmp_path: Path) -> None:
+    path, loads = tmp_path / "loads.json", zipf(32, 8, 1.0)
+    path.write_text(loads_text(loads_of(loads, coactivation={0: ((0, 1, 0.5),)})))
+    asked = ("--shape", "mixtral-8x7b", "--objective", "spread")
+    assert not run_json(*asked, "--loads", str(path))["remarks"]
+    assert not run_json("--shape", "mixtral-8x7b")["remarks"]
+    (remark,) = run_json(*asked)["remarks"]
+    assert remark == f"objective spread: {NO_COACTIVATION}"
+    assert f"! {remark}\n" in run(*asked).stdout
+
+
 def test_a_modelled_device() -> None:
     given = ("--shape", "mixtral-8x7b", "--tokens-per-s", "5000", "--teraflops", "400", "--memory-gb-per-s", "3350")
     found = run_json(*given)
@@ -89,7 +101,7 @@ def test_a_modelled_device() -> None:
         (("--shape", "mixtral-8x7b", "--config", "x"), "--shape stands for a model that is not here"),
         (("--shape", "mixtral-8x7b", "--teraflops", "1"), "needs both --teraflops and --memory-gb-per-s"),
         (("--shape", "mixtral-8x7b", "--rows-per-replica", "9", "--max-replicas", "1"), "scaling target not reachable"),
-        (("--shape", "mixtral-8x7b", "--objective", "gather"), "the loads hold no coactivation"),
+        (("--shape", "mixtral-8x7b", "--objective", "gather"), "objective gather: these loads do not tell"),
         (("--shape", "mixtral-8x7b", "-o", "/proc/none/plan.yaml"), "/proc/none/plan.yaml: no such file or directory"),
         (("--artifact", "/absent"), "/absent: no artifact here"),
         (("--directory", "127.0.0.1:9"), "--directory needs --artifact or --config"),

@@ -251,7 +251,7 @@ def test_the_cheapest_of_all_divisions_of_a_small_model() -> None:
         (Aims(10.0, groups=9), "9 groups cannot share 8 experts per layer"),
         (Aims(1.0, max_replicas=3), "not reachable: the hottest expert of each layer needs .* max_replicas is 3"),
         (Aims(10.0, groups=1, max_replicas=30), "not reachable: 34 replicas are needed, 1 groups of 30 replicas each"),
-        (Aims(10.0, objective="gather"), "objective gather: the loads hold no coactivation"),
+        (Aims(10.0, objective="gather"), "objective gather: these loads do not tell which experts fire together"),
     ],
 )
 def test_plans_that_cannot_be(aims: Aims, said: str) -> None:

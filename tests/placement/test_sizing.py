@@ -14,7 +14,7 @@ from expertmesh.errors import ConfigError
 from expertmesh.placement.capacity import assumed_capacity, modelled_capacity, observed_capacity
 from expertmesh.placement.shapes import published, shape_of
 from expertmesh.placement.sizing import size_of_artifact, size_of_shape, sizing_text
-from expertmesh.v1 import directory_pb2, expert_pb2
+from expertmesh.v1 import directory_pb2
 
 NUMBERS = "layers=4,experts=8,top_k=2,hidden=64,intermediate=128"
 
@@ -74,22 +74,20 @@ def test_the_size_of_an_artifact(demo_artifact: Path) -> None:
     assert sizing.trunk_gib is not None and sizing.trunk_gib > 0
 
 
-def table(*replicas: tuple[int, float]) -> directory_pb2.Table:
-    made = directory_pb2.Table()
-    for state, busy in replicas:
-        made.replicas.add(state=expert_pb2.ReplicaState.ValueType(state), load=expert_pb2.Load(busy=busy))
-    return made
+def window(rows: int, window_s: float, busy_s: float) -> directory_pb2.ExpertLoadReply:
+    layers = [directory_pb2.LayerRows(layer=0, experts=[0], rows=[rows])]
+    return directory_pb2.ExpertLoadReply(window_s=window_s, layers=layers, busy_s=busy_s)
 
 
-def test_observed_capacity_counts_ready_replicas_that_report_a_share() -> None:
-    ready, draining = expert_pb2.REPLICA_STATE_READY, expert_pb2.REPLICA_STATE_DRAINING
-    one = table((ready, 0.5), (ready, 0.25), (draining, 1.0), (ready, float("nan")), (ready, 7.0), (ready, -1.0))
-    found = observed_capacity(1500, 10, [one, one])
+def test_observed_capacity() -> None:
+    found = observed_capacity(window(1500, 10, 7.5))
     assert found is not None and found.rows_per_s == pytest.approx(200)
-    assert observed_capacity(1500, 10, [table((ready, 0.001))]) is None
-    assert observed_capacity(0, 10, [one]) is None
-    assert observed_capacity(10, 0, [one]) is None
-    assert observed_capacity(10, 10, []) is None
+    assert found.source == "observed: 150 rows/s keep 0.75 replicas busy"
+
+
+@pytest.mark.parametrize(("rows", "window_s", "busy_s"), [(1500, 10, 0.1), (1500, 10, 0), (0, 10, 7), (10, 0, 7)])
+def test_too_little_to_do_for_a_capacity(rows: int, window_s: float, busy_s: float) -> None:
+    assert observed_capacity(window(rows, window_s, busy_s)) is None
 
 
 def test_modelled_and_assumed_capacity() -> None:

@@ -24,7 +24,6 @@ def skewed(state: Path, tiny_artifact: Path, directory: str, monkeypatch: pytest
     """Groups whose replicas have answered rows of which nearly all are for one expert of the first group and one of the
     second, and told the directory."""
     monkeypatch.setattr("expert_service.replica.QUIET_S", 0.1)
-    monkeypatch.setattr("expertmesh.rebalance.controlled.BUSY_LOOKS", 1)
     made = Mesh(tiny_artifact, directory, {"a": "0-1", "b": "2-7"})
     with running_dispatcher(tiny_artifact, directory) as dispatcher:
         ids = torch.tensor([[0, 1]] * 90 + [[2, 3], [4, 5], [6, 7]])

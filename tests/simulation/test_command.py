@@ -67,7 +67,18 @@ def test_examples_are_valid(example: str) -> None:
         ({"duration_s": float("inf")}, "duration_s"),
         ({"strategies": ["groups", "groups"]}, "stands twice"),
         ({"strategies": ["planned"]}, "planned needs the section planner"),
-        ({"policy": {"metrics_age_s": 99}}, "policy.metrics_age_s"),
+        ({"policy": {"metrics_age_s": 99}}, "policy.metrics_age_s: 99 s, but scaling.stale_after_s 10 ignores those"),
+        (
+            {
+                "division": None,
+                "groups": [
+                    {"name": "a", "experts": "0-15"},
+                    {"name": "b", "experts": "16-31", "scaling": {"stale_after_s": 4}},
+                ],
+                "policy": {"metrics_age_s": 5},
+            },
+            "policy.metrics_age_s: 5 s, but stale_after_s 4 of group b ignores those",
+        ),
         ({"nodes": {"min_nodes": 9, "max_nodes": 3}}, "max_nodes 3 < min_nodes 9"),
         ({"division": None, "groups": [{"name": "a", "experts": "0-30"}]}, "layer 0: no group holds expert 31"),
         (
