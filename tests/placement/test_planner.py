@@ -30,7 +30,7 @@ def quarters(experts: int) -> tuple[GroupSection, ...]:
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Floats, Aims]:
     layers, experts = draw(st.integers(1, 4)), draw(st.integers(1, 12))
-    extremes = st.sampled_from([0.0, 5e-324, 1e-300, 1e-9, 1.0, 1e15])
+    extremes = st.sampled_from([0.0, 1e-300, 1e-9, 1.0, 1e15])
     load = draw(st.sampled_from([st.integers(0, 3), st.floats(0, 1e4, allow_subnormal=False), extremes]))
     rows = draw(st.lists(st.lists(load, min_size=experts, max_size=experts), min_size=layers, max_size=layers))
     array = numpy.array(rows, dtype=float)
