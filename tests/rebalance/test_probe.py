@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +41,11 @@ class Probed:
 
     def entry(self, name: str, busy: float = 0.0, address: str = "") -> directory_pb2.Replica:
         """As the directory has it, but so busy, and elsewhere where an address is given."""
-        (found,) = (one for one in list_table(self._directory).replicas if one.group == name)
+        deadline = time.monotonic() + 20
+        while not (listed := [one for one in list_table(self._directory).replicas if one.group == name]):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (found,) = listed
         found.load.busy = busy
         found.address = address or found.address
         return found
