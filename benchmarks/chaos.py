@@ -2,7 +2,8 @@
 
 Streams arrive open-loop, RATE per second, greedy, at the same moments in every phase; the model is in fp32, so that
 another batch or grouping does not change a token; replicas are emulated devices. The first phase and the last have no
-fault. Each of the others lasts a minute at least and repeats one fault, SETTLE_S after all replicas are listed again:
+fault. Each of the others lasts a minute at least and repeats one fault, SETTLE_S after all replicas are listed again
+(a second more where nothing was killed):
 
 - `kill_replica`: SIGKILL to one of a group's two replicas; `hang_replica`: SIGSTOP to it for FOR_S;
   `partition_replica`: nothing goes to its port or comes from it for FOR_S, silently, while the directory hears from it;

@@ -49,6 +49,7 @@ def test_replicas_without_tls() -> None:
     assert exposures(described(**opened, security={"tls": tls}), LOOPBACK, None) == []
 
 
+# such a machine cannot be reached from elsewhere: there is nothing to find
 @pytest.mark.skipif(not own_addresses(), reason="this machine has no address but loopback")
 def test_a_dashboard_on_all_addresses() -> None:
     with listening("0.0.0.0") as dashboard:

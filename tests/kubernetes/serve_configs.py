@@ -6,11 +6,13 @@ from typing import Any
 
 import yaml
 
+from expertmesh.artifact.manifest import ExpertFunction, Manifest
 from expertmesh.config import ClusterConfig
 from expertmesh.deployment import serve_config
 from expertmesh.kubernetes.groups import known_model
 
 POOL = {"experts": 1}
+FINGERPRINT = "f" * 64
 
 
 def cluster(*groups: dict[str, Any]) -> ClusterConfig:
@@ -24,6 +26,23 @@ def cluster(*groups: dict[str, Any]) -> ClusterConfig:
     engine = {"resources": {"router": 1}}
     model = {"artifact": "/models/artifact", "name": "demo"}
     return ClusterConfig.model_validate({"model": model, "groups": described, "server": server, "engine": engine})
+
+
+def manifest(expert_bytes: int = 4 * 3 * 8 * 16) -> Manifest:
+    """Of the model that `cluster` divides."""
+    return Manifest(
+        name="demo",
+        architecture="X",
+        model_type="x",
+        hidden_size=8,
+        intermediate_size=16,
+        layers={0: 8, 1: 8},
+        top_k=2,
+        dtype="float32",
+        expert_function=ExpertFunction(activation="silu"),
+        fingerprint=FINGERPRINT,
+        expert_bytes=expert_bytes,
+    )
 
 
 def serve_text(*groups: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ import grpc
 import pytest
 from kubernetes_testbed import ApiServer
 from mesh import running_directory
+from serve_configs import FINGERPRINT, manifest
 from stand_in import NAME, RayServiceObject
 
-from expertmesh.artifact.manifest import ExpertFunction, Manifest
 from expertmesh.directory.client import METADATA
 from expertmesh.errors import ClusterError
 from expertmesh.kubernetes.bounds import Bounds
@@ -34,7 +34,6 @@ from expertmesh.v1 import directory_pb2, directory_pb2_grpc, expert_pb2
 
 pytestmark = pytest.mark.kubernetes
 QUICK = Patience(timeout_s=20, settle_s=0.3)
-FINGERPRINT = "f" * 64
 SPLIT = Plan.model_validate(
     {
         "fingerprint": FINGERPRINT,
@@ -142,22 +141,6 @@ def test_one_leads_and_the_other_takes_over(ray_service: RayServiceObject) -> No
     waiting.join(30)  # the first one is gone now, and does not renew
     assert leading == ["second", "done"]
     assert first.try_to_lead(), "it was given back"
-
-
-def manifest() -> Manifest:
-    return Manifest(
-        name="demo",
-        architecture="X",
-        model_type="x",
-        hidden_size=8,
-        intermediate_size=16,
-        layers={0: 8, 1: 8},
-        top_k=2,
-        dtype="float32",
-        expert_function=ExpertFunction(activation="silu"),
-        fingerprint=FINGERPRINT,
-        expert_bytes=4 * 3 * 8 * 16,
-    )
 
 
 def announce(directory: str, rows: int) -> None:

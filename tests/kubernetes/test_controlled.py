@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serve_configs import serve_text
+from serve_configs import manifest, serve_text
 
-from expertmesh.artifact.manifest import ExpertFunction, Manifest
 from expertmesh.coverage import GIB
 from expertmesh.kubernetes.controlled import read_config
 from expertmesh.rebalance.planning import plan_for
 from expertmesh.v1 import directory_pb2
 
 EXPERT_BYTES = 2**20
-MODEL = Manifest(
-    name="demo",
-    architecture="X",
-    model_type="x",
-    hidden_size=8,
-    intermediate_size=16,
-    layers={0: 8, 1: 8},
-    top_k=2,
-    dtype="float32",
-    expert_function=ExpertFunction(activation="silu"),
-    fingerprint="f" * 64,
-    expert_bytes=EXPERT_BYTES,
-)
+MODEL = manifest(EXPERT_BYTES)
 
 
 def largest(memory_gib: float | None) -> int:

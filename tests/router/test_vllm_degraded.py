@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_vllm_losses import ENVIRONMENT
+from test_vllm_losses import outcomes
 
 PROGRAM = Path(__file__).with_name("vllm_degraded.py")
 pytestmark = pytest.mark.vllm
@@ -20,16 +16,7 @@ schedulers = pytest.mark.parametrize("scheduler", [0, 1], ids=["sync", "async"])
 
 @pytest.fixture(scope="module")
 def runs(demo_artifact: Path) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(demo_artifact)],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return outcomes(PROGRAM, demo_artifact)
 
 
 @schedulers

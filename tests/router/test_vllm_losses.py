@@ -25,10 +25,10 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def runs(demo_artifact: Path) -> list[dict[str, Any]]:
+def outcomes(program: Path, artifact: Path) -> list[dict[str, Any]]:
+    """What a program of its own printed with each scheduler."""
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(demo_artifact)],
+        [sys.executable, str(program), str(artifact)],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -37,6 +37,11 @@ def runs(demo_artifact: Path) -> list[dict[str, Any]]:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def runs(demo_artifact: Path) -> list[dict[str, Any]]:
+    return outcomes(PROGRAM, demo_artifact)
 
 
 @pytest.mark.vllm
