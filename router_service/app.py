@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from router_service.admission import Admission
 from router_service.api_keys import ApiKeys
 from router_service.connection import SETTINGS_KEY, RouterSettings
 from router_service.error_shape import ErrorShape
+from router_service.survival import surviving
 
 DEPLOYMENT = "Router"
 """Ray Serve shows it as `LLMServer:Router`."""
@@ -38,14 +40,22 @@ GPU_COMPILATION = {"cudagraph_mode": "PIECEWISE"}
 """A CUDA graph cannot hold an exchange with replicas; the plugin splits the graphs there."""
 
 
+class Ingress(OpenAiIngress):  # type: ignore[misc]  # Ray has no types here
+    """Ray Serve LLM's, whose answers survive the end of a router where they can."""
+
+    def _get_response(self, **request: Any) -> AsyncIterator[Any]:
+        ask = super()._get_response
+        return surviving(lambda: ask(**request))
+
+
 def build(args: dict[str, Any]) -> Application:
     """The application; `args` are RouterArgs. Raises ArtifactError where there is no artifact."""
     given = RouterArgs.model_validate(args)
     config = llm_config(given)
-    options = {**OpenAiIngress.get_deployment_options([config]), "name": INGRESS, "num_replicas": 1}
+    options = {**Ingress.get_deployment_options([config]), "name": INGRESS, "num_replicas": 1}
     options.pop("autoscaling_config", None)
     options["ray_actor_options"] = {"num_cpus": 1, "resources": dict(given.engine.resources)}  # beside the routers
-    ingress = serve.deployment(make_fastapi_ingress(OpenAiIngress, app=http_app(given)), **options)
+    ingress = serve.deployment(make_fastapi_ingress(Ingress, app=http_app(given)), **options)
     return ingress.bind(
         llm_deployments={given.name: build_llm_deployment(config)},
         model_cards={given.name: to_model_metadata(given.name, config)},

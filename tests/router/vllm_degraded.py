@@ -15,18 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mesh import running_directory
-from vllm_losses import EXPERT, LAYER, MAX_TOKENS, prompts
+from divided import CHECKPOINT, EXPERT, LAYER, MAX_TOKENS, divided, engine_settings, prompts
 
-from expert_service.replica import Replica
-from expertmesh.args import GroupArgs
-from expertmesh.artifact.manifest import TRUNK_DIRECTORY, read_manifest
-from expertmesh.experts import format_indices
-from router_service.app import CPU_COMPILATION, EXECUTOR
-from router_service.connection import SETTINGS_KEY, RouterSettings
+from expertmesh.artifact.manifest import TRUNK_DIRECTORY
+from router_service.connection import RouterSettings
 from router_service.degraded_mark import marked, watch
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "demo_model" / "checkpoint"
 SAMPLING = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
@@ -41,19 +35,7 @@ async def start(artifact: Path, directory: str, scheduler: str) -> tuple[Any, An
 
     settings = RouterSettings(directory=directory, wait_for_experts_s=30, degrade_after_s=0.3)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(artifact / TRUNK_DIRECTORY)])
-    engine = {
-        "dtype": "float32",
-        "max_model_len": 256,
-        "block_size": 32,
-        "kv_cache_memory_bytes": 2**26,
-        "seed": 0,
-        "enforce_eager": True,
-        "compilation_config": CPU_COMPILATION,
-        "distributed_executor_backend": EXECUTOR,
-        "scheduler_cls": f"router_service.vllm_scheduler.{scheduler}",
-        "async_scheduling": scheduler == "SparingAsyncScheduler",
-        "additional_config": {SETTINGS_KEY: settings.model_dump()},
-    }
+    engine = engine_settings(settings, scheduler)
     for name, value in engine.items():
         setattr(args, name, value)
     args.served_model_name = ["demo"]
@@ -99,24 +81,10 @@ async def generate(state: Any) -> list[dict[str, Any]]:
 
 
 async def run(artifact: Path, scheduler: str) -> dict[str, Any]:
-    manifest = read_manifest(artifact)
-    layers = sorted(manifest.layers)
-    every = {layer: format_indices(set(range(manifest.layers[layer]))) for layer in layers}
-    rest = every | {layers[LAYER]: format_indices(set(range(manifest.layers[layers[LAYER]])) - {EXPERT})}
-
-    def replica(directory: str, group: str, experts: dict[int, str]) -> Replica:
-        given = {"artifact": str(artifact), "group": group, "experts": experts, "directory": directory}
-        return Replica(GroupArgs.model_validate(given), directory)
-
-    def stop(one: Replica) -> None:
-        one.drain(1.0)
-        one.stop()
-
-    with running_directory() as directory:
-        most, few = replica(directory, "most", rest), replica(directory, "few", {layers[LAYER]: str(EXPERT)})
-        client, state = await start(artifact, directory, scheduler)
+    with divided(artifact) as replicas:
+        client, state = await start(artifact, replicas.directory, scheduler)
         found: dict[str, Any] = {"reference": await generate(state)}
-        await asyncio.to_thread(stop, few)
+        await asyncio.to_thread(replicas.lose)
         await client.reset_prefix_cache()  # what was cached with the expert would be whole
         found["without"] = await generate(state)
         concerned = [one["degraded"] for one in found["without"]]
@@ -131,11 +99,9 @@ async def run(artifact: Path, scheduler: str) -> dict[str, Any]:
         found["stop_string"] = {"reason": stopped["choices"][0]["finish_reason"], "degraded": is_marked(stopped)}
         chat = await ask(state, {"role": "user", "content": "What is 2 + 3?"}, stream=True)
         found["chat"] = [is_marked(one) for one in chat]
-        few = replica(directory, "few", {layers[LAYER]: str(EXPERT)})
+        replicas.replace()
         found["after"] = await generate(state)
         client.shutdown()
-        await asyncio.to_thread(stop, few)
-        await asyncio.to_thread(stop, most)
     return found
 
 
