@@ -7,10 +7,13 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from marks import native_core, needs_gpu
 from mesh import running_directory
 from scripted_replica import (
@@ -119,6 +122,34 @@ def test_the_sums_have_the_bits_of_the_python_functions(dtype: torch.dtype, max_
                 assert result.dtype is dtype and torch.equal(result, expected)
             strided = torch.cat([hidden_states, hidden_states], dim=1)[:, :WIDTH]
             assert torch.equal(run(made, strided, ids, weights), expected)
+
+
+@st.composite
+def any_step(draw: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """With none or several of a token's experts absent, and the same one more than once."""
+    tokens, top_k = draw(st.integers(0, 12)), draw(st.integers(1, 5))
+    pairs = tokens * top_k
+    ids = draw(st.lists(st.integers(-1, EXPERTS - 1), min_size=pairs, max_size=pairs))
+    weights = draw(st.lists(st.floats(-2, 2, width=32), min_size=pairs, max_size=pairs))
+    hidden_states = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    return (
+        hidden_states,
+        torch.tensor(ids, dtype=torch.int64).view(tokens, top_k),
+        torch.tensor(weights, dtype=torch.float32).view(tokens, top_k),
+    )
+
+
+@pytest.mark.parametrize("max_rows", [1000, 3])
+def test_any_step_has_the_bits_of_the_python_functions(max_rows: int) -> None:
+    held = {"c": {0, 1, 2, 7}, "a": {3, 4, 5}, "b": {6, 8, 9, 10, 11}}
+    with dispatching(*(ScriptedReplica(name, experts, max_rows=max_rows) for name, experts in held.items())) as made:
+
+        @settings(max_examples=100, deadline=None)
+        @given(any_step())
+        def compare(step: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+            assert torch.equal(run(made, *step), reference(held, *step, max_rows=max_rows))
+
+        compare()
 
 
 def test_no_request_is_larger_than_its_replica_takes_and_each_row_is_sent_once() -> None:
