@@ -34,7 +34,7 @@ class ExpertReplica:
             args = args.model_copy(update={"host": ray.util.get_node_ip_address()})
         node_id = ray.get_runtime_context().get_node_id()
         self._targets: dict[str, float] = {}
-        self._replica: Replica | None = Replica(args, args.directory, node_id)
+        self._replica: Replica | None = Replica(args, args.directory, node_id, directory_tls=args.tls)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls it at the start and on other targets. They reach the policy with the replica's load: Serve would

@@ -27,6 +27,7 @@ from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import PROTOCOL_VERSION
 from expertmesh.wire.tensors import WIRE_DTYPES
+from expertmesh.wire.tls import TlsFiles
 
 QUIET_S = 0.5
 """A draining replica goes once no request came for this long."""
@@ -40,9 +41,15 @@ class Replica:
     """
 
     def __init__(
-        self, args: GroupArgs, directory: str | None, node_id: str = "", executor: Executor | None = None
+        self,
+        args: GroupArgs,
+        directory: str | None,
+        node_id: str = "",
+        executor: Executor | None = None,
+        directory_tls: TlsFiles | None = None,
     ) -> None:
-        """Computes with `executor`; by default with the one that fits the device."""
+        """Computes with `executor`; by default with the one that fits the device. `directory_tls`: where the directory
+        asks for a certificate."""
         artifact = Path(args.artifact)
         manifest = read_manifest(artifact)
         wanted = resolve_experts(args.experts, manifest.layers, f"group {args.group}: experts")
@@ -75,13 +82,13 @@ class Replica:
             self.endpoint.set_state(self._state)
             self.address = self.endpoint.listen(args.host, args.ports)
             if directory is not None:
-                self._thread.run(self._announce(directory, args.lease_ms))
+                self._thread.run(self._announce(directory, args.lease_ms, directory_tls))
         except ClusterError:
             self.stop()
             raise
 
-    async def _announce(self, directory: str, lease_ms: int) -> None:
-        self._announcer = Announcer(directory, lease_ms, self.entry, self.layer_rows)
+    async def _announce(self, directory: str, lease_ms: int, tls: TlsFiles | None) -> None:
+        self._announcer = Announcer(directory, lease_ms, self.entry, self.layer_rows, tls)
         await self._announcer.start()
         self._publisher = asyncio.create_task(self._publish_forever())
 

@@ -61,3 +61,6 @@ class RouterArgs(Section):
 
 class DirectoryArgs(Section):
     """Of `expertmesh.directory.app:build`."""
+
+    require_certificate: bool = False
+    """Whether callers that show none are refused; for a proxy with a port that asks for it."""

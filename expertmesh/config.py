@@ -147,7 +147,12 @@ class GroupSection(Section):
 class ServerSection(Section):
     host: str = pydantic.Field("127.0.0.1", description="Where the OpenAI API listens.")
     http_port: Port = pydantic.Field(8000, description="The OpenAI API.")
-    grpc_port: Port = pydantic.Field(9000, description="Ray Serve's gRPC proxy, behind which the directory answers.")
+    grpc_port: Port = pydantic.Field(
+        9000, description="Ray Serve's gRPC proxy, behind which the directory answers where security.tls is not set."
+    )
+    grpc_tls_port: Port = pydantic.Field(
+        9001, description="The same proxy with mutual TLS: where security.tls is set, the directory answers here alone."
+    )
     replica_host: str = pydantic.Field("127.0.0.1", description="Where replicas listen; `auto`: the node's address.")
     replica_ports: tuple[int, int] | None = pydantic.Field(
         None, description="First and last port of replicas; default: any."
@@ -167,7 +172,8 @@ class DirectorySection(Section):
 class SecuritySection(Section):
     tls: TlsFiles | None = pydantic.Field(
         None,
-        description="Mutual TLS between routers and replicas; paths are relative to the config file. Default: off.",
+        description="Mutual TLS between routers, replicas and the directory; paths are relative to the config file. "
+        "Default: off.",
     )
     api_keys: Path | None = pydantic.Field(
         None,
@@ -192,6 +198,18 @@ class ClusterConfig(Section):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"groups: {min(twice)!r} stands twice")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def grpc_tls_port_is_free(self) -> ClusterConfig:
+        server, port = self.server, self.server.grpc_tls_port
+        if self.security.tls is None:
+            return self
+        for key in ("http_port", "grpc_port"):
+            if getattr(server, key) == port:
+                raise ValueError(f"server: {key} and grpc_tls_port are both {port}")
+        if server.replica_ports and server.replica_ports[0] <= port <= server.replica_ports[1]:
+            raise ValueError(f"server: grpc_tls_port {port} lies within replica_ports")
         return self
 
 

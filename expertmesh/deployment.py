@@ -19,7 +19,7 @@ from expertmesh.args import (
 from expertmesh.artifact.manifest import Manifest
 from expertmesh.config import ClusterConfig, GroupSection
 
-SERVICER_FUNCTION = "expertmesh.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server"
+SERVICER_FUNCTION = "expertmesh.directory.secure_port.add_directory"
 BOUNDS = {"min_replicas", "max_replicas"}
 POLICY = "expertmesh.scaling.serve_policy:GroupPolicy"
 FOLLOW_THE_POLICY = {
@@ -47,8 +47,7 @@ def serve_config(config: ClusterConfig, manifest: Manifest) -> dict[str, Any]:
         "http_options": {"host": server.host, "port": server.http_port},
         "grpc_options": {"port": server.grpc_port, "grpc_servicer_functions": [SERVICER_FUNCTION]},
         "applications": [
-            _application(DIRECTORY_APPLICATION, "expertmesh.directory.app:build", DirectoryArgs().model_dump())
-            | {"route_prefix": DIRECTORY_ROUTE_PREFIX},
+            _directory_application(config),
             *(_group_application(config, group, manifest) for group in config.groups),
             _router_application(config, manifest),
         ],
@@ -57,7 +56,11 @@ def serve_config(config: ClusterConfig, manifest: Manifest) -> dict[str, Any]:
 
 def directory_address(config: ClusterConfig) -> str:
     """Serve's gRPC proxy runs on every node, so a replica or router asks its own."""
-    return f"127.0.0.1:{config.server.grpc_port}"
+    return f"127.0.0.1:{directory_port(config)}"
+
+
+def directory_port(config: ClusterConfig) -> int:
+    return config.server.grpc_tls_port if config.security.tls else config.server.grpc_port
 
 
 def model_name(config: ClusterConfig, manifest: Manifest) -> str:
@@ -66,6 +69,12 @@ def model_name(config: ClusterConfig, manifest: Manifest) -> str:
 
 def _application(name: str, import_path: str, args: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "import_path": import_path, "route_prefix": None, "args": args}
+
+
+def _directory_application(config: ClusterConfig) -> dict[str, Any]:
+    args = DirectoryArgs(require_certificate=config.security.tls is not None).model_dump(exclude_defaults=True)
+    application = _application(DIRECTORY_APPLICATION, "expertmesh.directory.app:build", args)
+    return application | {"route_prefix": DIRECTORY_ROUTE_PREFIX}
 
 
 def _group_application(config: ClusterConfig, group: GroupSection, manifest: Manifest) -> dict[str, Any]:
@@ -120,7 +129,9 @@ def autoscaling_config(config: ClusterConfig, group: GroupSection) -> dict[str, 
     `initial_replicas`, to which Serve would jump after every change. The targets stand in `user_config`: Serve restarts
     all replicas of an application whose policy changes, its arguments included.
     """
-    kwargs = {"group": group.name, "directory": directory_address(config)}
+    kwargs: dict[str, Any] = {"group": group.name, "directory": directory_address(config)}
+    if config.security.tls is not None:
+        kwargs["tls"] = config.security.tls.model_dump(mode="json")
     return {
         "min_replicas": group.min_replicas,
         "max_replicas": group.max_replicas,

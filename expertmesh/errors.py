@@ -19,6 +19,10 @@ class ClusterError(ExpertMeshError):
     """The running cluster refused or did not answer."""
 
 
+class Unauthenticated(ExpertMeshError):
+    """A caller that does not prove who it is where it must."""
+
+
 class WireError(ExpertMeshError):
     """A message that breaks the protocol."""
 

@@ -77,7 +77,7 @@ def make_target(job: Job, texts: Texts | None) -> Target:
     if texts is not None:
         return OpenAIEndpoint(job.config, job.endpoint, texts, job.repeat)
     assert job.endpoint.directory is not None
-    return ExpertTier(job.config, job.endpoint.directory, job.shard)
+    return ExpertTier(job.config, job.endpoint.directory, job.shard, job.endpoint.tls)
 
 
 async def _work(connection: Connection, job: Job) -> None:

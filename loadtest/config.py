@@ -157,7 +157,9 @@ class ExpertsTarget(Section):
     directory: str | None = pydantic.Field(None, description="host:port of the directory.")
     cluster: str | None = pydantic.Field(None, description="A running cluster's name; `auto`: the only one.")
     timeout_s: Seconds = pydantic.Field(30, description="Of one dispatch.")
-    tls: TlsFiles | None = pydantic.Field(None, description="As the cluster's `security.tls`, where it has that.")
+    tls: TlsFiles | None = pydantic.Field(
+        None, description="As the cluster's `security.tls`; default: that of `cluster`."
+    )
 
     @pydantic.model_validator(mode="after")
     def one_address(self) -> ExpertsTarget:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from expertmesh.cluster import record
 from expertmesh.cluster.record import Record
+from expertmesh.wire.tls import TlsFiles
 from loadtest.config import OpenAITarget, RunConfig
 
 
@@ -19,6 +20,8 @@ class Endpoint:
     """host:port of the directory, where one is known."""
     cluster: Record | None
     """Of a cluster that `expertmesh up` runs here."""
+    tls: TlsFiles | None = None
+    """Where directory and replicas ask for certificates."""
 
 
 def find_endpoint(config: RunConfig) -> Endpoint:
@@ -30,7 +33,7 @@ def find_endpoint(config: RunConfig) -> Endpoint:
     if isinstance(target, OpenAITarget):
         if cluster is None:
             return Endpoint((target.url or "").rstrip("/"), target.model, None, None)
-        return Endpoint(f"{cluster.http}/v1", target.model or cluster.model, cluster.directory, cluster)
+        return Endpoint(f"{cluster.http}/v1", target.model or cluster.model, cluster.directory, cluster, cluster.tls)
     if cluster is None:
-        return Endpoint(None, None, target.directory, None)
-    return Endpoint(f"{cluster.http}/v1", cluster.model, cluster.directory, cluster)
+        return Endpoint(None, None, target.directory, None, target.tls)
+    return Endpoint(f"{cluster.http}/v1", cluster.model, cluster.directory, cluster, target.tls or cluster.tls)

@@ -6,6 +6,7 @@ import time
 
 from expertmesh.directory.client import expert_load
 from expertmesh.errors import ClusterError
+from expertmesh.wire.tls import TlsFiles
 
 Rows = dict[tuple[int, int], int]
 """(layer, expert) -> rows."""
@@ -13,8 +14,9 @@ FRESH_WITHIN_S, ASK_EVERY_S = 15.0, 0.25
 
 
 class ExpertRowsReader:
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, tls: TlsFiles | None = None) -> None:
         self._directory = directory
+        self._tls = tls
         self._last: Rows = {}
         self._total: Rows = {}
 
@@ -37,7 +39,7 @@ class ExpertRowsReader:
         began = time.monotonic()
         while True:
             waited_s = time.monotonic() - began
-            reply = expert_load(self._directory, 0)
+            reply = expert_load(self._directory, 0, tls=self._tls)
             if reply.oldest_report_s <= waited_s or waited_s > FRESH_WITHIN_S:
                 return {
                     (layer.layer, expert): rows

@@ -18,8 +18,8 @@ from expertmesh.errors import ClusterError
 from expertmesh.experts import format_indices
 from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
-from expertmesh.wire.tls import CurrentTls
-from loadtest.config import ExpertsTarget, RunConfig
+from expertmesh.wire.tls import CurrentTls, TlsFiles
+from loadtest.config import RunConfig
 from loadtest.dispatches import Indices, Model, random_rows, request_for, split, wanted_layers
 from loadtest.records import Status
 from loadtest.replica_link import ReplicaLink, model_of
@@ -41,8 +41,9 @@ STATUSES: dict[int, Status] = {
 class ExpertTier:
     """Lives on one event loop; follows the directory while it is open."""
 
-    def __init__(self, config: RunConfig, table_address: str, process: int) -> None:
+    def __init__(self, config: RunConfig, table_address: str, process: int, tls: TlsFiles | None = None) -> None:
         self._config = config
+        self._files = tls
         self._address = table_address
         self._timeout_s = config.target.timeout_s
         self._tls: CurrentTls | None = None
@@ -53,9 +54,8 @@ class ExpertTier:
     async def open(self) -> None:
         """Raises ClusterError where the directory or all replicas are silent or experts are missing, and ConfigError
         where the run asks for layers or a skew that the model has not."""
-        if isinstance(self._config.target, ExpertsTarget) and self._config.target.tls is not None:
-            self._tls = CurrentTls(self._config.target.tls)
-        table = await asyncio.to_thread(list_table, self._address)
+        self._tls = CurrentTls(self._files) if self._files else None
+        table = await asyncio.to_thread(list_table, self._address, tls=self._files)
         if not table.replicas:
             raise ClusterError(f"directory at {self._address}: it lists no replica")
         experts = wanted_layers(table, self._config.rows.layers)
@@ -100,7 +100,7 @@ class ExpertTier:
                 self._links[replica_id] = ReplicaLink(entry, self._tls)
 
     async def _follow_for_ever(self, table: directory_pb2.Table) -> None:
-        async for received in watch(self._address):
+        async for received in watch(self._address, self._files):
             table = merge(table, received)
             self._follow(table)
 
@@ -151,9 +151,11 @@ class Dispatch:
         return Outcome(self.sent_s, (), clock.now(), len(self.chosen), 0, status, error)
 
 
-def rows_asked(config: RunConfig, table_address: str, requests: Iterable[Request]) -> dict[tuple[int, int], int]:
+def rows_asked(
+    config: RunConfig, table_address: str, requests: Iterable[Request], tls: TlsFiles | None = None
+) -> dict[tuple[int, int], int]:
     """(layer, expert) -> rows that these requests send there, drawn again as the clients draw them."""
-    experts = wanted_layers(list_table(table_address), config.rows.layers)
+    experts = wanted_layers(list_table(table_address, tls=tls), config.rows.layers)
     top_k = config.rows.top_k or DEFAULT_TOP_K
     sampler, layers = ExpertSampler(config.rows.skew, experts, top_k, config.seed), sorted(experts)
     totals = {layer: numpy.zeros(count, dtype=numpy.int64) for layer, count in experts.items()}

@@ -116,7 +116,11 @@ def find_victim(fault: Fault, cluster: Record) -> Victim:
     if fault.group is None:
         target, pid = _restarted(fault, cluster)
     else:
-        replicas = [replica for replica in list_table(cluster.directory).replicas if replica.group == fault.group]
+        replicas = [
+            replica
+            for replica in list_table(cluster.directory, tls=cluster.tls).replicas
+            if replica.group == fault.group
+        ]
         if fault.replica >= len(replicas):
             raise ClusterError(
                 f"group {fault.group} has {len(replicas)} replicas now, none with number {fault.replica}"
@@ -168,7 +172,7 @@ def own(cluster: Record | None) -> Record:
 
 
 def _check_groups(config: RunConfig, cluster: Record) -> None:
-    known = {replica.group for replica in list_table(cluster.directory).replicas}
+    known = {replica.group for replica in list_table(cluster.directory, tls=cluster.tls).replicas}
     for number, fault in enumerate(config.faults):
         if fault.group is not None and fault.group not in known:
             groups = ", ".join(sorted(known)) or "none"

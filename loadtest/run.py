@@ -181,9 +181,9 @@ def _skew(
 ) -> tuple[ExpertRows, ...]:
     """Rows per expert: as its replicas counted, or, of an expert tier that is not ours, as they were sent."""
     rows = {key: total - before.get(key, 0) for key, total in _expert_rows(checked, console).items()}
-    directory = checked.endpoint.directory
+    directory, tls = checked.endpoint.directory, checked.endpoint.tls
     if not rows and checked.config.target.kind == "experts" and directory is not None:
-        rows = rows_asked(checked.config, directory, _answered(checked, repeats))
+        rows = rows_asked(checked.config, directory, _answered(checked, repeats), tls)
     return tuple(ExpertRows(layer, expert, count) for (layer, expert), count in sorted(rows.items()))
 
 

@@ -60,7 +60,7 @@ class Sampler:
     def __init__(self, config: RunConfig, endpoint: Endpoint) -> None:
         """Raises ConfigError where a metrics page that the run names cannot be read."""
         self._every_s = config.sampling.every_s
-        self._directory = endpoint.directory
+        self._directory, self._tls = endpoint.directory, endpoint.tls
         self._groups_seen: set[str] = set()
         self._http = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
         self._pages = [Page(url, self._every_s) for url in config.sampling.metrics]
@@ -74,7 +74,8 @@ class Sampler:
         if endpoint.cluster is not None:
             for address in ray_pages(endpoint.cluster):
                 self._add_page(f"http://{address}/metrics", max(self._every_s, RAY_EVERY_S))
-        self._reader = ExpertRowsReader(endpoint.cluster.directory) if endpoint.cluster is not None else None
+        cluster = endpoint.cluster
+        self._reader = ExpertRowsReader(cluster.directory, cluster.tls) if cluster is not None else None
 
     def start(self, clock: Clock, repeat: int) -> None:
         self._samples: list[Sample] = []
@@ -118,7 +119,7 @@ class Sampler:
         if self._directory is None:
             return []
         try:
-            table = list_table(self._directory, timeout_s=TIMEOUT_S)
+            table = list_table(self._directory, timeout_s=TIMEOUT_S, tls=self._tls)
         except ClusterError:
             return [("directory_up", "directory", 0.0)]
         self._groups_seen |= {replica.group for replica in table.replicas}

@@ -94,6 +94,7 @@ def engine_arguments(args: RouterArgs) -> dict[str, Any]:
     engine, manifest = args.engine, read_manifest(Path(args.artifact))
     settings = RouterSettings(
         directory=args.directory,
+        directory_tls=args.tls,
         wait_for_experts_s=engine.wait_for_experts_s,
         degrade_after_s=engine.degrade_after_s,
         tls=args.tls,

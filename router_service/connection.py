@@ -25,10 +25,13 @@ class RouterSettings(Section):
     """How a router process finds its experts."""
 
     directory: str = "127.0.0.1:9000"
+    directory_tls: TlsFiles | None = None
+    """Where the directory asks for a certificate."""
     wait_for_experts_s: float = 60.0
     degrade_after_s: float | None = None
     dispatch_timeout_s: float = 30.0
     tls: TlsFiles | None = None
+    """Of the replicas."""
     transport: Literal["auto", "native", "python"] = "auto"
     """The native one needs the distribution expertmesh-native; auto takes it where that is installed."""
 
@@ -54,7 +57,14 @@ def open_transport(settings: RouterSettings, fingerprint: str, replicas: LiveRep
         raise ConfigError(f"transport: native, but {NATIVE_MODULE} is not installed here (`make setup` builds it)")
     native = installed and settings.transport != "python"
     log.info("%s transport%s", "native" if native else "Python", "" if installed else f": no {NATIVE_MODULE} here")
-    arguments = settings.directory, fingerprint, replicas, settings.dispatch_timeout_s, settings.tls
+    arguments = (
+        settings.directory,
+        fingerprint,
+        replicas,
+        settings.dispatch_timeout_s,
+        settings.tls,
+        settings.directory_tls,
+    )
     if native:
         from router_service.transport.native_transport import NativeTransport
 

@@ -15,6 +15,7 @@ from expertmesh.args import GroupArgs
 from expertmesh.artifact.manifest import read_manifest
 from expertmesh.directory.server import start_directory
 from expertmesh.experts import format_indices
+from expertmesh.wire.tls import TlsFiles
 from router_service.connection import RouterSettings, open_transport
 from router_service.dispatcher import Dispatcher
 from router_service.replicas import LiveReplicas
@@ -65,10 +66,10 @@ def running_dispatcher(artifact: Path, directory: str, transport_name: str = "au
 
 
 @contextmanager
-def running_directory() -> Iterator[str]:
-    """Yields its host:port."""
+def running_directory(tls: TlsFiles | None = None) -> Iterator[str]:
+    """Yields its host:port; with `tls` it asks for certificates."""
     thread = LoopThread("test-directory")
-    server, address = thread.run(start_directory("127.0.0.1", 0))
+    server, address = thread.run(start_directory("127.0.0.1", 0, tls=tls))
     try:
         yield address
     finally:

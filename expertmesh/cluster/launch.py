@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from expertmesh.args import DIRECTORY_APPLICATION, ROUTER_APPLICATION, experts_application
 from expertmesh.artifact.manifest import TRUNK_DIRECTORY, Manifest, read_manifest
@@ -17,7 +18,8 @@ from expertmesh.cluster.record import Record
 from expertmesh.cluster.serve_api import ServeApi
 from expertmesh.config import ClusterConfig, load_config
 from expertmesh.coverage import check_context, check_coverage
-from expertmesh.deployment import model_name, serve_config
+from expertmesh.deployment import directory_port, model_name, serve_config
+from expertmesh.directory import secure_port
 from expertmesh.directory.client import list_table
 from expertmesh.errors import ArtifactError, ClusterError, ConfigError
 from expertmesh.rebalance.journal import JournalFile
@@ -50,6 +52,8 @@ def read_plan(path: Path) -> Plan:
     config = load_config(path)
     manifest = read_manifest(config.model.artifact)
     check_coverage(config, manifest)
+    if config.security.tls is not None:
+        config.security.tls.read()
     trunk_config = config.model.artifact / TRUNK_DIRECTORY / "config.json"
     try:
         check_context(config, json.loads(trunk_config.read_bytes()))
@@ -71,7 +75,8 @@ def start_local(plan: Plan, timeout_s: float, show: Show) -> Record:
     """Starts Ray here and deploys on it; where that fails or is interrupted, nothing of it is left."""
     check_ports(plan.config)
     log = record.state_dir(plan.config.name) / record.RAY_LOG
-    ray = local_ray.start(logical_cpus(plan.config), log, custom_resources(plan.config))
+    variables = secure_port.environment(plan.config)
+    ray = local_ray.start(logical_cpus(plan.config), log, custom_resources(plan.config), variables)
     started = _record(plan, ray.dashboard, ray)
     record.save(started)
     try:
@@ -101,6 +106,11 @@ def change(plan: Plan, running: Record, timeout_s: float, show: Show) -> Record:
     Ends what a rebalance has left unfinished; raises ClusterError where one is under way.
     """
     after = running.model_copy(update=_endpoints(plan) | {"config": str(plan.path.absolute())})
+    if after.tls != running.tls:
+        raise ConfigError(
+            f"{plan.path}: security.tls: cluster {running.name!r} keeps the files that it was started with; stop it "
+            f"first with `expertmesh down {running.name}`"
+        )
     if (after.http, after.directory) != (running.http, running.directory):
         raise ConfigError(
             f"{plan.path}: server: cluster {running.name!r} listens on {running.http} and {running.directory}; "
@@ -122,7 +132,7 @@ def deploy(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
     api.deploy(serve_config(plan.config, plan.manifest))
     deadline = time.monotonic() + timeout_s
     while True:
-        reached = steps(plan.applications, api.details(), _table(target.directory))
+        reached = steps(plan.applications, api.details(), _table(target))
         show(reached)
         if failed := next((step for step in reached if step.error), None):
             raise ClusterError(f"application {failed.application}: {failed.error}")
@@ -164,7 +174,10 @@ def check_alone(target: Record) -> None:
 def check_ports(config: ClusterConfig) -> None:
     """Raises ClusterError that names a port in use and the key that sets it."""
     server = config.server
-    for key, host, port in (("http_port", server.host, server.http_port), ("grpc_port", "0.0.0.0", server.grpc_port)):
+    used = [("http_port", server.host, server.http_port), ("grpc_port", "0.0.0.0", server.grpc_port)]
+    if config.security.tls is not None:
+        used.append(("grpc_tls_port", "0.0.0.0", server.grpc_tls_port))
+    for key, host, port in used:
         if not local_ray.port_is_free(host, port):
             raise ClusterError(f"server.{key}: port {port} is in use on this machine; free it or set another")
 
@@ -182,19 +195,20 @@ def _remember(plan: Plan) -> None:
     record.save_deployed(plan.config.name, record.Deployed(source=str(plan.path.absolute()), config=plan.config))
 
 
-def _table(address: str) -> directory_pb2.Table | None:
+def _table(target: Record) -> directory_pb2.Table | None:
     try:
-        return list_table(address, timeout_s=2)
+        return list_table(target.directory, timeout_s=2, tls=target.tls)
     except ClusterError:
         return None
 
 
-def _endpoints(plan: Plan) -> dict[str, str]:
+def _endpoints(plan: Plan) -> dict[str, Any]:
     server = plan.config.server
     host = "127.0.0.1" if server.host in ("0.0.0.0", "::") else server.host
     return {
         "http": f"http://{host}:{server.http_port}",
-        "directory": f"{host}:{server.grpc_port}",
+        "directory": f"{host}:{directory_port(plan.config)}",
+        "tls": plan.config.security.tls,
         "model": model_name(plan.config, plan.manifest),
     }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from expertmesh.cluster.processes import MARKER
 from expertmesh.cluster.serve_api import ServeApi
+from expertmesh.directory import secure_port
 from expertmesh.errors import ClusterError
 
 HOST = "127.0.0.1"
@@ -33,7 +34,7 @@ PORT_OPTIONS = (
     "--metrics-export-port",
     "--runtime-env-agent-port",
 )
-DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")
+DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", secure_port.VARIABLE)
 PORT_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
 
 
@@ -47,10 +48,16 @@ class LocalRay:
     log: Path
 
 
-def start(num_cpus: int, log: Path, resources: Mapping[str, float] | None = None) -> LocalRay:
+def start(
+    num_cpus: int,
+    log: Path,
+    resources: Mapping[str, float] | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> LocalRay:
     """Starts `ray start --head --block`, which writes to `log`; use `wait_until_up` next.
 
-    The node has `num_cpus` CPUs and the custom `resources`, whatever the machine has.
+    The node has `num_cpus` CPUs and the custom `resources`, whatever the machine has; all of its processes have
+    `variables` in their environment.
     """
     ports = free_ports(len(PORT_OPTIONS) + len(PORT_VARIABLES))
     options = dict(zip(PORT_OPTIONS, ports, strict=False))
@@ -63,6 +70,7 @@ def start(num_cpus: int, log: Path, resources: Mapping[str, float] | None = None
     if resources:
         command.append(f"--resources={json.dumps(dict(resources))}")
     environment = _environment(marker, token) | dict(zip(PORT_VARIABLES, map(str, ports[len(options) :]), strict=True))
+    environment |= variables or {}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -10,6 +10,7 @@ import pydantic
 
 from expertmesh.config import ClusterConfig, load_config
 from expertmesh.errors import ClusterError
+from expertmesh.wire.tls import TlsFiles
 
 RECORD_FILE = "cluster.json"
 DEPLOYED_FILE = "deployed.json"
@@ -26,6 +27,8 @@ class Record(pydantic.BaseModel, frozen=True):
     """URL of the OpenAI API, without /v1."""
     directory: str
     """host:port of Serve's gRPC proxy."""
+    tls: TlsFiles | None = None
+    """Where the directory asks for a certificate."""
     model: str
     marker: str | None = None
     """Value of the environment variable that all of its processes carry; None where it was not started here."""

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import grpc
 import httpx
@@ -19,6 +20,7 @@ from expertmesh.api_keys import client_key
 from expertmesh.directory.client import list_table
 from expertmesh.errors import ClusterError, ExpertMeshError
 from expertmesh.v1 import expert_pb2
+from expertmesh.wire.tls import TlsFiles
 
 PROMPT = "The capital of France is"
 CALL_S = 30.0
@@ -35,9 +37,9 @@ def check_health(address: str) -> str:
     return f"gRPC health check: {answer.message}"
 
 
-def check_groups(address: str, groups: Collection[str]) -> str:
+def check_groups(address: str, groups: Collection[str], tls: TlsFiles | None = None) -> str:
     """Raises ClusterError naming the groups of which the directory knows no ready replica."""
-    replicas = list_table(address, timeout_s=CALL_S).replicas
+    replicas = list_table(address, CALL_S, tls).replicas
     ready = {one.group for one in replicas if one.state == expert_pb2.REPLICA_STATE_READY}
     missing = sorted(set(groups) - ready)
     if missing:
@@ -90,15 +92,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m expertmesh.cluster.smoke", description=__doc__)
     parser.add_argument("--url", required=True, help="of the OpenAI API, without /v1")
     parser.add_argument("--grpc", required=True, help="HOST:PORT of Ray Serve's gRPC proxy")
+    parser.add_argument("--directory", metavar="HOST:PORT", help="of the directory, where it asks for certificates")
+    parser.add_argument("--tls", type=Path, metavar="DIR", help="with --directory: ca.crt, tls.crt and tls.key")
+    parser.add_argument("--tls-name", metavar="NAME", help="with --tls: what its certificate bears")
     parser.add_argument("--model", required=True)
     parser.add_argument("--groups", nargs="*", default=[], help="that must have a ready replica")
     parser.add_argument("--no-key", action="store_true", help="the API asks for a key, and there is none to give")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
     given = parser.parse_args()
+    tls = TlsFiles.in_folder(given.tls, given.tls_name) if given.tls else None
     deadline = time.monotonic() + given.timeout
     checks: list[Callable[[], str]] = [
         lambda: check_health(given.grpc),
-        lambda: check_groups(given.grpc, given.groups),
+        lambda: check_groups(given.directory or given.grpc, given.groups, tls),
         lambda: (check_refusal if given.no_key else check_completion)(given.url, given.model),
     ]
     try:

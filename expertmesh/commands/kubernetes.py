@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from expertmesh.commands.tls_options import Tls, TlsName, tls_files
+
 if TYPE_CHECKING:
     from expertmesh.kubernetes.connection import Connection
     from expertmesh.kubernetes.ray_services import RayServices
     from expertmesh.kubernetes.service import Service
     from expertmesh.rebalance.watch import Report
+    from expertmesh.wire.tls import TlsFiles
 
 HELP = """Look at and change a deployment on Kubernetes: a RayService of KubeRay, as the Helm chart makes it.
 
@@ -48,8 +51,10 @@ def status(
     context: Context = None,
     directory: Annotated[
         str | None,
-        typer.Option(help="host:port of Serve's gRPC proxy, to count ready replicas: NAME-serve-svc:9000 in a pod."),
+        typer.Option(help="host:port of Serve's gRPC proxy, to count ready replicas: NAME-serve-svc:9001 in a pod."),
     ] = None,
+    tls: Tls = None,
+    tls_name: TlsName = None,
     as_json: Json = False,
 ) -> None:
     """Show conditions, applications, groups with their bounds, and pods by role.
@@ -66,7 +71,7 @@ def status(
 
     connection, _, service = _found(name, namespace, kubeconfig, context)
     applications = read_applications(service.serve_config)
-    ready = None if directory is None else _ready_replicas(directory)
+    ready = None if directory is None else _ready_replicas(directory, tls_files(tls, tls_name))
     report = make_report(service, Pods(connection).of(service), applications, ready)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
@@ -218,8 +223,10 @@ def rebalance(
     ] = False,
     observe: Annotated[bool, typer.Option("--observe", help="With --watch: only say what would be applied.")] = False,
     directory: Annotated[
-        str | None, typer.Option(help="With --watch: host:port of Serve's gRPC proxy: NAME-serve-svc:9000 in a pod.")
+        str | None, typer.Option(help="With --watch: host:port of Serve's gRPC proxy: NAME-serve-svc:9001 in a pod.")
     ] = None,
+    tls: Tls = None,
+    tls_name: TlsName = None,
     lease: Annotated[
         str | None, typer.Option(help="With --watch: Lease by which one of several processes leads; default: none.")
     ] = None,
@@ -262,7 +269,15 @@ def rebalance(
         connection, services, service = _found(name, namespace, kubeconfig, context)
         served, patience = read_manifest(artifact), Patience(timeout, settle)
         subject = ControlledService(
-            services, service.name, directory, artifact, served, patience, lines(err), memory_gib
+            services,
+            service.name,
+            directory,
+            artifact,
+            served,
+            patience,
+            lines(err),
+            memory_gib,
+            tls_files(tls, tls_name),
         )
         controller = Controller(lambda: subject, Limits(threshold, cool_down), window, observe)
         candidate = Candidate(connection, connection.namespace, lease, identity()) if lease else None
@@ -309,11 +324,11 @@ def _found(
     return connection, services, services.find(name)
 
 
-def _ready_replicas(directory: str) -> dict[str, int]:
+def _ready_replicas(directory: str, tls: TlsFiles | None) -> dict[str, int]:
     from collections import Counter
 
     from expertmesh.directory.client import list_table
     from expertmesh.v1 import expert_pb2
 
     ready = expert_pb2.REPLICA_STATE_READY
-    return Counter(one.group for one in list_table(directory).replicas if one.state == ready)
+    return Counter(one.group for one in list_table(directory, tls=tls).replicas if one.state == ready)

@@ -13,6 +13,7 @@ import typer
 from expertmesh.commands.console import err, out
 from expertmesh.commands.plan_inputs import DeviceChoice, Subject, find_capacity, find_loads, find_subject
 from expertmesh.commands.plan_tables import comparison_table, groups_table
+from expertmesh.commands.tls_options import Tls, TlsName, tls_files
 from expertmesh.errors import ConfigError
 from expertmesh.placement.capacity import Capacity
 from expertmesh.placement.make import Bounds, Proposal, propose
@@ -34,6 +35,8 @@ def plan(
     directory: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Of the cluster that serves the artifact, for its loads.")
     ] = None,
+    tls: Tls = None,
+    tls_name: TlsName = None,
     loads: Annotated[Path | None, typer.Option(help="Loads, JSON or YAML; default: the cluster's, or uniform.")] = None,
     window: Annotated[float, typer.Option(help="Of the cluster's loads, seconds.", min=1, max=600)] = 60,
     tokens_per_s: Annotated[float, typer.Option(help="Where loads are uniform.", min=1e-6)] = 1,
@@ -68,7 +71,7 @@ def plan(
 
     Elsewhere: expertmesh plan --artifact ./artifact --directory 127.0.0.1:9000 --window 600
     """
-    subject = find_subject(name, artifact, config, shape, directory)
+    subject = find_subject(name, artifact, config, shape, directory, tls_files(tls, tls_name))
     known, origin = find_loads(subject, loads, window, tokens_per_s)
     busy = target_busy or (subject.config.scaling.target_busy if subject.config else 0.6)
     capacity = find_capacity(

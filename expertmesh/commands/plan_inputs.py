@@ -21,6 +21,7 @@ from expertmesh.placement.capacity import (
 from expertmesh.placement.loads import Loads, check_loads, observed_loads, read_loads_file, uniform_loads
 from expertmesh.placement.shapes import shape_of
 from expertmesh.placement.sizing import Sizing, size_of_artifact, size_of_shape
+from expertmesh.wire.tls import TlsFiles
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Subject:
     sizing: Sizing
     config: ClusterConfig | None
     directory: str | None = None
+    tls: TlsFiles | None = None
+    """Where the directory asks for a certificate."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,12 @@ class DeviceChoice:
 
 
 def find_subject(
-    name: str | None, artifact: Path | None, config: Path | None, shape: str | None, directory: str | None
+    name: str | None,
+    artifact: Path | None,
+    config: Path | None,
+    shape: str | None,
+    directory: str | None,
+    tls: TlsFiles | None = None,
 ) -> Subject:
     """Raises an ExpertMeshError where nothing, or more than one thing, is named, or what is named is not there."""
     if directory is not None and artifact is None and config is None:
@@ -59,17 +67,17 @@ def find_subject(
             raise ConfigError(f"plan: either the cluster {name} or --artifact and --config")
         read = load_config(config) if config else None
         folder = artifact or (read.model.artifact if read else Path())
-        return _of_artifact(folder, read, directory)
+        return _of_artifact(folder, read, directory, tls or (read.security.tls if read else None))
     running = record.require(name)
     read = record.load_deployed(running).config
-    return _of_artifact(read.model.artifact, read, running.directory)
+    return _of_artifact(read.model.artifact, read, running.directory, running.tls)
 
 
-def _of_artifact(folder: Path, config: ClusterConfig | None, directory: str | None) -> Subject:
+def _of_artifact(folder: Path, config: ClusterConfig | None, directory: str | None, tls: TlsFiles | None) -> Subject:
     manifest = read_manifest(folder)
     if config is not None:
         check_coverage(config, manifest)
-    return Subject(manifest, size_of_artifact(manifest, folder), config, directory)
+    return Subject(manifest, size_of_artifact(manifest, folder), config, directory, tls)
 
 
 def find_loads(subject: Subject, given: Path | None, window_s: float, tokens_per_s: float) -> tuple[Loads, str]:
@@ -79,7 +87,7 @@ def find_loads(subject: Subject, given: Path | None, window_s: float, tokens_per
         check_loads(found, subject.manifest, str(given))
         return found, str(given)
     if subject.directory is not None:
-        reply = expert_load(subject.directory, window_s)
+        reply = expert_load(subject.directory, window_s, tls=subject.tls)
         found = observed_loads(reply, subject.manifest)
         check_loads(found, subject.manifest, "directory")
         return found, f"observed over {reply.window_s:.0f} s"
@@ -100,7 +108,7 @@ def find_capacity(
         device = EmulatedDevice(teraflops=choice.teraflops, memory_gb_per_s=choice.memory_gb_per_s)
         return modelled_capacity(device, subject.manifest, choice.batch_rows)
     if subject.directory is not None:
-        reply = expert_load(subject.directory, window_s)
+        reply = expert_load(subject.directory, window_s, tls=subject.tls)
         observed = observed_capacity(reply)
         if observed is not None and reply.fingerprint == subject.manifest.fingerprint:
             return observed

@@ -33,7 +33,9 @@ def status(
     """
     cluster = record.require(name)
     details = ServeApi(cluster.dashboard, cluster.token).details()
-    found = join(cluster, details, list_table(cluster.directory), scaling(cluster.directory))
+    found = join(
+        cluster, details, list_table(cluster.directory, tls=cluster.tls), scaling(cluster.directory, tls=cluster.tls)
+    )
     if json:
         typer.echo(found.model_dump_json(indent=2))
         return

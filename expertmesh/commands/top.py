@@ -55,8 +55,10 @@ def top(
 def look(cluster: record.Record, window_s: float, experts: int) -> Top:
     """Raises ClusterError where the cluster does not answer."""
     details = ServeApi(cluster.dashboard, cluster.token).details()
-    status = join(cluster, details, list_table(cluster.directory), scaling(cluster.directory))
-    return top_of(status, expert_load(cluster.directory, window_s), experts)
+    status = join(
+        cluster, details, list_table(cluster.directory, tls=cluster.tls), scaling(cluster.directory, tls=cluster.tls)
+    )
+    return top_of(status, expert_load(cluster.directory, window_s, tls=cluster.tls), experts)
 
 
 def view(found: Top) -> RenderableType:

@@ -70,7 +70,8 @@ def bring_up(plan: launch.Plan, address: str | None, timeout_s: float) -> Record
 def print_addresses(running: Record) -> None:
     out.print(f"OpenAI API  {running.http}/v1  (model {running.model})", highlight=False, soft_wrap=True)
     out.print(f"dashboard   {running.dashboard}", highlight=False, soft_wrap=True)
-    out.print(f"directory   {running.directory} (gRPC)", highlight=False, soft_wrap=True)
+    secured = ", mutual TLS" if running.tls else ""
+    out.print(f"directory   {running.directory} (gRPC{secured})", highlight=False, soft_wrap=True)
 
 
 def stay_up(running: Record) -> None:

@@ -1,7 +1,8 @@
 """How the others use the directory: read it once, follow it, announce themselves to it.
 
-Connections carry no keep-alive pings, which Ray Serve's proxy takes for abuse; a watch that stays silent for longer
-than several heartbeats is opened again instead.
+Each takes its host:port and, where it asks for certificates, the cluster's TLS files: a process that finds them unfit
+when it looks first gets a ConfigError. Connections carry no keep-alive pings, which Ray Serve's proxy takes for abuse;
+a watch that stays silent for longer than several heartbeats is opened again instead.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from expertmesh.directory.directory import HEARTBEAT_S
 from expertmesh.errors import ClusterError
 from expertmesh.v1 import directory_pb2 as pb
 from expertmesh.v1 import directory_pb2_grpc
-from expertmesh.wire.channel import MAX_MESSAGE_BYTES
+from expertmesh.wire.channel import MAX_MESSAGE_BYTES, client_side, open_channel
+from expertmesh.wire.tls import CurrentTls, TlsBytes, TlsFiles
 
 logger = logging.getLogger(__name__)
 Reply = TypeVar("Reply")
@@ -40,43 +42,51 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
+_kept: dict[tuple[str, TlsFiles | None], tuple[grpc.Channel, TlsBytes | None]] = {}
 
-def list_table(address: str, timeout_s: float = 5.0) -> pb.Table:
+
+def list_table(address: str, timeout_s: float = 5.0, tls: TlsFiles | None = None) -> pb.Table:
     """The directory's table; raises ClusterError where it does not answer in time."""
-    return _call(address, "List", pb.ListRequest(), pb.Table, timeout_s)
+    return _call(address, "List", pb.ListRequest(), pb.Table, timeout_s, tls)
 
 
-def expert_load(address: str, window_s: float, timeout_s: float = 5.0) -> pb.ExpertLoadReply:
+def expert_load(
+    address: str, window_s: float, timeout_s: float = 5.0, tls: TlsFiles | None = None
+) -> pb.ExpertLoadReply:
     """Rows that each expert got in the window that ends now, 0 to 600 s; 0: since each live replica began.
 
     Raises ClusterError where the directory does not answer in time, or refuses the window.
     """
-    return _call(address, "ExpertLoad", pb.ExpertLoadRequest(window_s=window_s), pb.ExpertLoadReply, timeout_s)
+    return _call(address, "ExpertLoad", pb.ExpertLoadRequest(window_s=window_s), pb.ExpertLoadReply, timeout_s, tls)
 
 
-def scaling(address: str, timeout_s: float = 5.0) -> pb.ScalingReply:
+def scaling(address: str, timeout_s: float = 5.0, tls: TlsFiles | None = None) -> pb.ScalingReply:
     """The last decisions for each group; raises ClusterError where the directory does not answer in time."""
-    return _call(address, "Scaling", pb.ScalingRequest(), pb.ScalingReply, timeout_s)
+    return _call(address, "Scaling", pb.ScalingRequest(), pb.ScalingReply, timeout_s, tls)
 
 
-def report_decision(address: str, decision: pb.ScalingDecision, timeout_s: float = 2.0) -> None:
+def report_decision(
+    address: str, decision: pb.ScalingDecision, timeout_s: float = 2.0, tls: TlsFiles | None = None
+) -> None:
     """Tells what was decided for a group; raises ClusterError where the directory does not answer in time or refuses.
 
     For who calls often: the connection stays open, one for each address of the process.
     """
-    stub = directory_pb2_grpc.DirectoryServiceStub(_kept_channel(address))
+    stub = directory_pb2_grpc.DirectoryServiceStub(_kept_channel(address, tls))
     try:
         stub.ReportDecision(decision, timeout=timeout_s, metadata=METADATA)
     except grpc.RpcError as error:
         raise ClusterError(f"directory at {address} does not take a decision: {_reason(error)}") from None
 
 
-async def want(address: str, layer: int, experts: Sequence[int], timeout_s: float = 5.0) -> list[str]:
+async def want(
+    address: str, layer: int, experts: Sequence[int], timeout_s: float = 5.0, tls: TlsFiles | None = None
+) -> list[str]:
     """Asks that groups which hold one of the experts and have no replica be woken; their names. Raises ClusterError
     where the directory does not answer in time."""
     request = pb.WantRequest(layer=layer, experts=experts)
     try:
-        async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+        async with open_channel(address, _current(tls), OPTIONS) as channel:
             stub = directory_pb2_grpc.DirectoryServiceStub(channel)
             reply: pb.WantResponse = await stub.Want(request, timeout=timeout_s, metadata=METADATA)
             return list(reply.groups)
@@ -84,15 +94,40 @@ async def want(address: str, layer: int, experts: Sequence[int], timeout_s: floa
         raise ClusterError(f"directory at {address} wakes nobody: {_reason(error)}") from None
 
 
+def _kept_channel(address: str, tls: TlsFiles | None) -> grpc.Channel:
+    """Another one once the files hold something else."""
+    current = _current(tls)
+    pem = current.read() if current else None
+    channel, shown = _kept.get((address, tls), (None, None))
+    if channel is not None and shown == pem:
+        return channel
+    if channel is not None:
+        channel.close()
+    channel = _open(address, tls)
+    _kept[address, tls] = channel, pem
+    return channel
+
+
+def _open(address: str, tls: TlsFiles | None) -> grpc.Channel:
+    current = _current(tls)
+    if current is None:
+        return grpc.insecure_channel(address, OPTIONS)
+    credentials, more = client_side(current)
+    return grpc.secure_channel(address, credentials, [*OPTIONS, *more])
+
+
 @functools.cache
-def _kept_channel(address: str) -> grpc.Channel:
-    return grpc.insecure_channel(address, OPTIONS)
+def _current(tls: TlsFiles | None) -> CurrentTls | None:
+    """The process's one, so that files that are replaced just now trouble only who comes first."""
+    return CurrentTls(tls) if tls else None
 
 
-def _call(address: str, name: str, request: Message, answers: type[Reply], timeout_s: float) -> Reply:
+def _call(
+    address: str, name: str, request: Message, answers: type[Reply], timeout_s: float, tls: TlsFiles | None
+) -> Reply:
     """A proxy that is slow to shake hands is tried again, one that refuses the connection is not."""
     deadline = time.monotonic() + timeout_s
-    with grpc.insecure_channel(address, OPTIONS) as channel:
+    with _open(address, tls) as channel:
         method = getattr(directory_pb2_grpc.DirectoryServiceStub(channel), name)
         while True:
             try:
@@ -106,12 +141,12 @@ def _call(address: str, name: str, request: Message, answers: type[Reply], timeo
             time.sleep(0.1)
 
 
-async def watch(address: str) -> AsyncGenerator[pb.Table, None]:
+async def watch(address: str, tls: TlsFiles | None = None) -> AsyncGenerator[pb.Table, None]:
     """The directory's tables as they come, for ever: a lost connection is opened again, after 0.1 to 2 s."""
     backoff_s = 0.1
     while True:
         try:
-            async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+            async with open_channel(address, _current(tls), OPTIONS) as channel:
                 call = directory_pb2_grpc.DirectoryServiceStub(channel).Watch(pb.WatchRequest(), metadata=METADATA)
                 while True:
                     async with asyncio.timeout(SILENCE_S):
@@ -143,8 +178,10 @@ class Announcer:
         lease_ms: int,
         entry: Callable[[], pb.Replica],
         layer_rows: Callable[[], Sequence[pb.LayerRows]] = tuple,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._address = address
+        self._tls = _current(tls)
         self._lease_ms = lease_ms
         self._entry = entry
         self._layer_rows = layer_rows
@@ -160,9 +197,13 @@ class Announcer:
         return self._task is not None and not self._task.done()
 
     async def start(self) -> None:
-        self._channel = grpc.aio.insecure_channel(self._address, OPTIONS)
-        self._stub = directory_pb2_grpc.DirectoryServiceStub(self._channel)
+        self._open()
         self._task = asyncio.create_task(self._announce_forever())
+
+    def _open(self) -> None:
+        self._shown = self._tls and self._tls.read()
+        self._channel = open_channel(self._address, self._tls, OPTIONS)
+        self._stub = directory_pb2_grpc.DirectoryServiceStub(self._channel)
 
     def changed(self) -> None:
         """Announces at once."""
@@ -195,6 +236,9 @@ class Announcer:
                 continue
 
     async def _announce(self, timeout_s: float) -> None:
+        if self._tls is not None and self._tls.read() != self._shown:
+            await self._channel.close()
+            self._open()
         now = time.monotonic()
         # half an interval early: announcements come in a rhythm of their own
         rows = self._layer_rows() if now >= self._rows_due_at - self._lease_ms / 6000 else ()

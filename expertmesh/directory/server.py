@@ -12,14 +12,16 @@ from expertmesh.directory.directory import Applications, Directory
 from expertmesh.errors import ClusterError, WireError
 from expertmesh.v1 import directory_pb2 as pb
 from expertmesh.v1 import directory_pb2_grpc
-from expertmesh.wire.channel import SERVER_OPTIONS
+from expertmesh.wire.channel import SERVER_OPTIONS, server_credentials
+from expertmesh.wire.tls import CurrentTls, TlsFiles
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
-    def __init__(self, directory: Directory) -> None:
+    def __init__(self, directory: Directory, credentials: grpc.ServerCredentials | None = None) -> None:
         self._directory = directory
+        self._credentials = credentials  # for as long as the port is open
 
     async def Announce(self, request: pb.AnnounceRequest, context: Context) -> pb.AnnounceResponse:
         async with refusing(context):
@@ -64,17 +66,20 @@ async def refusing(context: Context) -> AsyncIterator[None]:
 
 
 async def start_directory(
-    host: str, port: int, applications: Applications | None = None
+    host: str, port: int, applications: Applications | None = None, tls: TlsFiles | None = None
 ) -> tuple[grpc.aio.Server, str]:
     """A running server on the current event loop and its host:port; port 0 takes any. It wakes groups by means of
-    `applications`.
+    `applications`, and with `tls` asks its callers for certificates.
 
-    Raises ClusterError where the port is in use.
+    Raises ClusterError where the port is in use, ConfigError where the files cannot serve.
     """
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(Directory(applications)), server)
+    credentials = server_credentials(CurrentTls(tls)) if tls else None
+    servicer = DirectoryServicer(Directory(applications), credentials)
+    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(servicer, server)
+    address = f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError:
         raise ClusterError(f"directory: port {port} is in use on {host}") from None
     await server.start()

@@ -22,6 +22,7 @@ from expertmesh.rebalance.decision import Attempt
 from expertmesh.rebalance.planning import plan_for
 from expertmesh.rebalance.watch import Controller, Planned, Report
 from expertmesh.v1 import directory_pb2
+from expertmesh.wire.tls import TlsFiles
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class ControlledService:
     show: Show
     memory_gib: float | None = None
     """Of experts in one replica, which a Serve config does not tell."""
+    tls: TlsFiles | None = None
+    """Where the directory asks for a certificate."""
 
     def loads(self, window_s: float) -> directory_pb2.ExpertLoadReply:
-        return expert_load(self.directory, window_s)
+        return expert_load(self.directory, window_s, tls=self.tls)
 
     def planned(self, loads: directory_pb2.ExpertLoadReply) -> Planned:
         text = self.services.get(self.name).serve_config

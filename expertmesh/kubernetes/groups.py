@@ -15,7 +15,15 @@ import pydantic
 
 from expertmesh.args import GroupArgs, experts_application
 from expertmesh.artifact.manifest import ExpertFunction, Manifest
-from expertmesh.config import ClusterConfig, DirectorySection, GroupSection, ModelSection, ScalingSection, ServerSection
+from expertmesh.config import (
+    ClusterConfig,
+    DirectorySection,
+    GroupSection,
+    ModelSection,
+    ScalingSection,
+    SecuritySection,
+    ServerSection,
+)
 from expertmesh.deployment import serve_config
 from expertmesh.errors import ConfigError
 from expertmesh.experts import format_indices, parse_indices
@@ -56,7 +64,8 @@ def make_application(group: GroupSection, like: Application) -> Application:
     config = ClusterConfig(
         model=ModelSection(artifact=Path(args.artifact)),
         groups=(group,),
-        server=ServerSection(grpc_port=int(args.directory.rpartition(":")[2]), http_port=1),
+        server=_server(args),
+        security=SecuritySection(tls=args.tls),
         directory=DirectorySection(lease_ms=args.lease_ms),
     )
     made = {one["name"]: one for one in serve_config(config, known_model([group]))["applications"]}
@@ -66,6 +75,14 @@ def make_application(group: GroupSection, like: Application) -> Application:
     override |= {**new, OPTIONS: {**(old.get(OPTIONS) or {}), **new[OPTIONS]}}
     own_args = {**like["args"], **{key: own["args"][key] for key in OWN_ARGS}}
     return {**like, "name": own["name"], "args": own_args, "deployments": [override]}
+
+
+def _server(args: GroupArgs) -> ServerSection:
+    """In which the directory's port is the group's, and all others are other ones."""
+    port = int(args.directory.rpartition(":")[2])
+    if args.tls is None:
+        return ServerSection(http_port=1, grpc_port=port)
+    return ServerSection(http_port=1, grpc_port=2, grpc_tls_port=port)
 
 
 def filled(groups: Iterable[GroupSection], running: Sequence[GroupSection]) -> tuple[GroupSection, ...]:

@@ -30,7 +30,7 @@ class ControlledCluster:
         self._local = LocalCluster(running, show, patience, cluster)
 
     def loads(self, window_s: float) -> directory_pb2.ExpertLoadReply:
-        return expert_load(self._running.directory, window_s)
+        return expert_load(self._running.directory, window_s, tls=self._running.tls)
 
     def planned(self, loads: directory_pb2.ExpertLoadReply) -> Planned:
         return plan_for(loads, self._local.config, self._local.manifest)

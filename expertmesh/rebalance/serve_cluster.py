@@ -24,13 +24,13 @@ class ServeCluster:
     def __init__(self, running: Record, config: ClusterConfig, manifest: Manifest) -> None:
         self._config = config
         self._manifest = manifest
-        self._directory = running.directory
+        self._running = running
         self._api = ServeApi(running.dashboard, running.token)
 
     def groups(self) -> Mapping[str, GroupState]:
         details = self._api.details()
         try:
-            table = list_table(self._directory, timeout_s=2)
+            table = list_table(self._running.directory, timeout_s=2, tls=self._running.tls)
         except ClusterError:
             table = None
         prefix = experts_application("")
@@ -52,7 +52,7 @@ class ServeCluster:
         self._api.deploy(serve_config(self._config.model_copy(update={"groups": tuple(groups)}), self._manifest))
 
     def table(self) -> directory_pb2.Table:
-        return list_table(self._directory)
+        return list_table(self._running.directory, tls=self._running.tls)
 
     def nodes(self) -> Sequence[NodeResources] | None:
         return self._api.nodes()

@@ -9,6 +9,7 @@ import time
 from expertmesh.scaling.decision_reports import reports_to
 from expertmesh.scaling.policy import Bounds, Decision, GroupLoad, ReplicaLoad
 from expertmesh.v1 import directory_pb2 as pb
+from expertmesh.wire.tls import TlsFiles
 
 logger = logging.getLogger("ray.serve.expertmesh.scaling")
 """Below Ray Serve's own, so that the lines come in the controller's log."""
@@ -20,9 +21,9 @@ class DecisionLog:
     """Of one group: a line at INFO where the target changes and at DEBUG otherwise; the directory is told of a change
     at once and otherwise once a second. Never waits and never raises."""
 
-    def __init__(self, group: str, directory: str | None) -> None:
+    def __init__(self, group: str, directory: str | None, tls: TlsFiles | None = None) -> None:
         self._group = group
-        self._reports = reports_to(directory) if directory else None
+        self._reports = reports_to(directory, tls) if directory else None
         self._last = pb.ScalingDecision(group=group, busy=math.nan, queue_wait_ms=math.nan)
         self._told_at = -math.inf
         self._error = ""

@@ -8,8 +8,9 @@ import threading
 from collections import deque
 
 from expertmesh.directory.client import report_decision
-from expertmesh.errors import ClusterError
+from expertmesh.errors import ClusterError, ConfigError
 from expertmesh.v1 import directory_pb2 as pb
+from expertmesh.wire.tls import TlsFiles
 
 logger = logging.getLogger("ray.serve.expertmesh.scaling")
 
@@ -20,8 +21,9 @@ PAUSE_S = 1.0
 class DecisionReports:
     """To one directory. Where it is away, the newest decisions wait; what no longer fits is dropped, oldest first."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: TlsFiles | None = None) -> None:
         self._address = address
+        self._tls = tls
         self._waiting: deque[pb.ScalingDecision] = deque(maxlen=MAX_WAITING)
         self._came = threading.Event()
         self._reached = True
@@ -44,8 +46,8 @@ class DecisionReports:
     def _send(self, decision: pb.ScalingDecision) -> bool:
         """Whether it arrived; one that did not is not sent again, since newer ones come all the time."""
         try:
-            report_decision(self._address, decision)
-        except ClusterError as error:
+            report_decision(self._address, decision, tls=self._tls)
+        except (ClusterError, ConfigError) as error:
             if self._reached:
                 logger.warning("%s; scaling goes on", error)
             self._reached = False
@@ -57,6 +59,6 @@ class DecisionReports:
 
 
 @functools.cache
-def reports_to(address: str) -> DecisionReports:
+def reports_to(address: str, tls: TlsFiles | None = None) -> DecisionReports:
     """The process's one for a directory."""
-    return DecisionReports(address)
+    return DecisionReports(address, tls)

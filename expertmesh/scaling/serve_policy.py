@@ -12,6 +12,7 @@ from expertmesh.config import ScalingSection
 from expertmesh.scaling.decision_log import DecisionLog
 from expertmesh.scaling.policy import Bounds, Decision, GroupLoad, Memory, decide
 from expertmesh.scaling.samples import Samples, reported_targets
+from expertmesh.wire.tls import TlsFiles
 
 
 class GroupPolicy:
@@ -19,12 +20,12 @@ class GroupPolicy:
     what this says. Serve makes a new one after each change of the config; replicas stay as they are meanwhile. The
     targets come with what the replicas report; until one has reported, there is no load to decide on either."""
 
-    def __init__(self, group: str, directory: str | None = None) -> None:
-        """`directory` is its host:port; None reports to nobody."""
+    def __init__(self, group: str, directory: str | None = None, tls: dict[str, Any] | None = None) -> None:
+        """`directory` is its host:port; None reports to nobody. `tls`: TlsFiles by which it is asked."""
         self._targets = ScalingSection()
         self._samples = Samples()
         self._memory = Memory()
-        self._log = DecisionLog(group, directory)
+        self._log = DecisionLog(group, directory, TlsFiles.model_validate(tls) if tls else None)
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         """ctx: Ray's AutoscalingContext. Replicas that the group should have, and no state for Serve to keep."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
@@ -36,19 +37,25 @@ SETTLE_S = 0.05
 """How long handshakes that have begun get to take what they need of the certificates before those are replaced."""
 
 
-def open_channel(address: str, tls: CurrentTls | None = None) -> grpc.aio.Channel:
-    """A channel to a replica, not connected yet, which shows and trusts what `tls` holds now."""
+def open_channel(
+    address: str, tls: CurrentTls | None = None, options: Sequence[tuple[str, int]] = CHANNEL_OPTIONS
+) -> grpc.aio.Channel:
+    """A channel, not connected yet, which shows and trusts what `tls` holds now."""
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    pem = tls.read()
-    server_name = tls.files.server_name
+        return grpc.aio.insecure_channel(address, options=options)
+    credentials, more = client_side(tls)
+    return grpc.aio.secure_channel(address, credentials, options=[*options, *more])
+
+
+def client_side(tls: CurrentTls) -> tuple[grpc.ChannelCredentials, list[tuple[str, str]]]:
+    """What a channel shows and trusts now, and the options that name the server."""
+    pem, server_name = tls.read(), tls.files.server_name
     name = [(SERVER_NAME_OPTION, server_name)] if server_name else []
-    credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
-    return grpc.aio.secure_channel(address, credentials, options=[*CHANNEL_OPTIONS, *name])
+    return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate), name
 
 
 def server_credentials(tls: CurrentTls) -> grpc.ServerCredentials:
-    """Of a replica, which asks for its callers' certificates too, and looks at `tls` before each handshake.
+    """Of a server that asks for its callers' certificates too, and looks at `tls` before each handshake.
 
     For one port, and the caller must keep them for as long as it is open: gRPC does not.
     """

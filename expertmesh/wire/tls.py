@@ -1,4 +1,4 @@
-"""Mutual TLS between routers and replicas: which files it needs, and what they hold now."""
+"""Mutual TLS between all parts of a cluster: which files it needs, and what they hold now."""
 
 from __future__ import annotations
 
@@ -25,14 +25,23 @@ class TlsBytes:
 
 
 class TlsFiles(pydantic.BaseModel, frozen=True, extra="forbid"):
-    """Routers and replicas show the certificate, and refuse a peer whose own is not signed by the authority."""
+    """All parts of a cluster show the certificate, and refuse a peer whose own is not signed by the authority."""
 
     ca: Path = pydantic.Field(description="Certificate of the authority that signs all others, PEM.")
-    certificate: Path = pydantic.Field(description="What routers and replicas show, with its chain, PEM.")
+    certificate: Path = pydantic.Field(description="What all of them show, with its chain, PEM.")
     key: Path = pydantic.Field(description="Private key of the certificate, PEM.")
     server_name: str | None = pydantic.Field(
-        None, description="Name that replicas' certificates bear; default: the address that they announce."
+        None,
+        description="Name that the certificates of replicas and directory bear; default: the address at which each is "
+        "reached, 127.0.0.1 for a directory.",
     )
+
+    @staticmethod
+    def in_folder(folder: Path, server_name: str | None = None) -> TlsFiles:
+        """Those of a Kubernetes Secret that is mounted or saved there: `ca.crt`, `tls.crt`, `tls.key`."""
+        return TlsFiles(
+            ca=folder / "ca.crt", certificate=folder / "tls.crt", key=folder / "tls.key", server_name=server_name
+        )
 
     def relative_to(self, folder: Path) -> TlsFiles:
         """The same files, relative paths starting at `folder`."""

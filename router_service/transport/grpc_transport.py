@@ -101,13 +101,14 @@ class GrpcTransport:
         replicas: LiveReplicas,
         timeout_s: float = 30.0,
         tls: TlsFiles | None = None,
+        directory_tls: TlsFiles | None = None,
     ) -> None:
         self._fingerprint = fingerprint
         self._timeout_s = timeout_s
         self._tls = CurrentTls(tls) if tls else None
         self._streams: dict[str, ReplicaStream] = {}
         self._replicas = replicas
-        self._links = Links(directory, fingerprint, replicas, self._open, self._tls)
+        self._links = Links(directory, fingerprint, replicas, self._open, self._tls, directory_tls)
         self._shared = self._links.shared
 
     def start(self, layer: int, hidden_states: torch.Tensor, batches: Sequence[ReplicaBatch]) -> Step:

@@ -19,7 +19,7 @@ from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import PROTOCOL_VERSION, open_channel
-from expertmesh.wire.tls import CurrentTls
+from expertmesh.wire.tls import CurrentTls, TlsFiles
 from router_service.replicas import LiveReplica, LiveReplicas, experts_by_layer
 from router_service.transport.shared_loop import SharedLoop
 
@@ -58,8 +58,10 @@ class Links:
         replicas: LiveReplicas,
         open_stream: OpenStream,
         tls: CurrentTls | None = None,
+        directory_tls: TlsFiles | None = None,
     ) -> None:
         self._directory = directory
+        self._directory_tls = directory_tls
         self._fingerprint = fingerprint
         self._replicas = replicas
         self._open_stream = open_stream
@@ -115,7 +117,7 @@ class Links:
     async def _want(self, layer: int, experts: list[int]) -> None:
         """At once, and again no sooner than in a second, so that the directory wakes who sleeps."""
         try:
-            groups = await want(self._directory, layer, experts)
+            groups = await want(self._directory, layer, experts, tls=self._directory_tls)
             log.info("layer %d: rows wait for experts that nobody serves; woken: %s", layer, groups or "none")
             await asyncio.sleep(WANT_PERIOD_S)
         except ClusterError as error:
@@ -126,7 +128,7 @@ class Links:
 
     async def _follow(self) -> None:
         table: directory_pb2.Table | None = None
-        async for received in watch(self._directory):
+        async for received in watch(self._directory, self._directory_tls):
             table = merge(table, received)
             listed = {one.replica_id: one for one in table.replicas}
             self._addresses = {one.replica_id: one.address for one in table.replicas}

@@ -119,6 +119,7 @@ class NativeTransport:
         replicas: LiveReplicas,
         timeout_s: float = 30.0,
         tls: TlsFiles | None = None,
+        directory_tls: TlsFiles | None = None,
     ) -> None:
         self._tls = CurrentTls(tls) if tls else None
         server_name = (tls.server_name or "") if tls else ""
@@ -129,7 +130,7 @@ class NativeTransport:
         self._opened: dict[int, asyncio.Future[None]] = {}
         self._ended: dict[int, asyncio.Future[str]] = {}
         replicas.listen(self._use)
-        self._links = Links(directory, fingerprint, replicas, self._open, self._tls)
+        self._links = Links(directory, fingerprint, replicas, self._open, self._tls, directory_tls)
         self._links.loop.call_soon_threadsafe(self._links.loop.add_reader, self._client.event_fd(), self._note_events)
 
     def scatter(

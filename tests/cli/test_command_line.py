@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from certificates import Authority
 from typer.testing import CliRunner
 
 import expertmesh
@@ -97,17 +98,33 @@ def test_up_without_an_artifact(tmp_path: Path) -> None:
     assert not (tmp_path / "expertmesh").exists()
 
 
-@pytest.mark.parametrize("key", ["http_port", "grpc_port"])
+@pytest.mark.parametrize("key", ["http_port", "grpc_port", "grpc_tls_port"])
 def test_up_on_a_port_in_use(tmp_path: Path, demo_artifact: Path, key: str) -> None:
+    tls = Authority(tmp_path).issue() if key == "grpc_tls_port" else None
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         config = tmp_path / "c.yaml"
-        server = {"http_port": 18761, "grpc_port": 18762, key: port}
-        groups = [{"name": "a", "experts": "0-15"}]
-        config.write_text(
-            yaml.safe_dump({"model": {"artifact": str(demo_artifact)}, "groups": groups, "server": server})
-        )
+        described = {
+            "model": {"artifact": str(demo_artifact)},
+            "groups": [{"name": "a", "experts": "0-15"}],
+            "server": {"http_port": 18761, "grpc_port": 18762, key: port},
+            "security": {"tls": tls and tls.model_dump(mode="json")},
+        }
+        config.write_text(yaml.safe_dump(described))
         assert f"server.{key}: port {port} is in use" in refusal(run(tmp_path, "up", str(config)))
+    assert not (tmp_path / "expertmesh").exists()
+
+
+def test_up_with_tls_files_that_are_not_there(tmp_path: Path, demo_artifact: Path) -> None:
+    config = tmp_path / "c.yaml"
+    described = {
+        "model": {"artifact": str(demo_artifact)},
+        "groups": [{"name": "a", "experts": "0-15"}],
+        "security": {"tls": {"ca": "ca.pem", "certificate": "c.pem", "key": "k.pem"}},
+    }
+    config.write_text(yaml.safe_dump(described))
+    said = f"expertmesh: security.tls.ca: {tmp_path / 'ca.pem'}: no such file or directory"
+    assert refusal(run(tmp_path, "up", str(config))) == said
     assert not (tmp_path / "expertmesh").exists()
 
 

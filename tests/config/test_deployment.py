@@ -122,10 +122,25 @@ def changed_in_place(change: dict[str, Any]) -> set[str]:
     return {name for name, one in before.items() if one != after[name]}
 
 
-def test_both_ends_get_the_tls_files() -> None:
-    files = {"ca": "/tls/ca.pem", "certificate": "/tls/tls.crt", "key": "/tls/tls.key", "server_name": "experts"}
-    made = applications(config(security={"tls": files}))
-    assert made["experts-a"]["args"]["tls"] == made["router"]["args"]["tls"] == files
-    assert (
-        GroupArgs.model_validate(made["experts-a"]["args"]).tls == RouterArgs.model_validate(made["router"]["args"]).tls
-    )
+TLS = {"ca": "/tls/ca.pem", "certificate": "/tls/tls.crt", "key": "/tls/tls.key", "server_name": "experts"}
+
+
+def test_all_get_the_tls_files_and_ask_the_directory_at_the_port_that_wants_them() -> None:
+    made = applications(config(security={"tls": TLS}, server={"grpc_tls_port": 9555}))
+    group, router = made["experts-a"]["args"], made["router"]["args"]
+    (deployment,) = made["experts-a"]["deployments"]
+    policy = deployment["autoscaling_config"]["policy"]["policy_kwargs"]
+    assert group["tls"] == router["tls"] == policy["tls"] == TLS
+    assert group["directory"] == router["directory"] == policy["directory"] == "127.0.0.1:9555"
+    assert made["directory"]["args"] == {"require_certificate": True}
+    assert GroupArgs.model_validate(group).tls == RouterArgs.model_validate(router).tls
+    assert GroupPolicy(**policy)
+
+
+def test_without_tls_the_directory_asks_for_nothing() -> None:
+    made = applications(config(server={"grpc_port": 9444, "grpc_tls_port": 9555}))
+    assert made["directory"]["args"] == {}
+    (deployment,) = made["experts-a"]["deployments"]
+    policy = deployment["autoscaling_config"]["policy"]["policy_kwargs"]
+    assert policy == {"group": "a", "directory": "127.0.0.1:9444"}
+    assert made["experts-a"]["args"]["directory"] == made["router"]["args"]["directory"] == "127.0.0.1:9444"

@@ -11,6 +11,7 @@ from expertmesh.errors import ConfigError
 from expertmesh.yaml_file import MAX_CONFIG_BYTES
 
 GOOD = "model: {artifact: art}\ngroups: [{name: a, experts: 0-3}]\n"
+TLS = "security: {tls: {ca: ca.pem, certificate: c.pem, key: k.pem}}\n"
 
 
 def write(folder: Path, content: str | bytes) -> Path:
@@ -23,6 +24,10 @@ def test_a_relative_artifact_starts_at_the_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, GOOD))
     assert config.model.artifact == tmp_path / "art"
     assert config.server.http_port == 8000
+
+
+def test_without_tls_its_port_may_be_any(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, GOOD + "server: {http_port: 9001}\n")).server.http_port == 9001
 
 
 def test_an_absolute_artifact_stays(tmp_path: Path) -> None:
@@ -59,6 +64,9 @@ def test_numbers_in_experts_are_indices(tmp_path: Path) -> None:
         (GOOD + "engine: {min_replicas: 2}\n", "engine: max_replicas 1 < min_replicas 2"),
         (GOOD + "server: {http_port: 70000}\n", "server.http_port: "),
         (GOOD + "server: {http_port: 9000}\n", "http_port and grpc_port are both 9000"),
+        (GOOD + TLS + "server: {http_port: 9001}\n", "server: http_port and grpc_tls_port are both 9001"),
+        (GOOD + TLS + "server: {grpc_port: 9001}\n", "server: grpc_port and grpc_tls_port are both 9001"),
+        (GOOD + TLS + "server: {replica_ports: [9001, 9002]}\n", "grpc_tls_port 9001 lies within replica_ports"),
         (GOOD + "engine: {dtype: int3}\n", "engine.dtype: "),
     ],
 )

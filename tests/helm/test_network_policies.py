@@ -108,7 +108,7 @@ def test_only_the_api_is_open(policies: Policies) -> None:
         found = {
             (role, port)
             for role in ROLES
-            for port in (8000, 9000, 8080, 44217, *RAY, *DATA)
+            for port in (8000, 9000, 9001, 8080, 44217, *RAY, *DATA)
             if may(policies, stranger, role, port)
         }
         assert found == {("router", 8000), ("experts", 8000)}
@@ -129,9 +129,18 @@ def test_what_each_needs(policies: Policies) -> None:
     assert all(may(policies, "operator", "head", port) for port in (8265, 52365, 8000))
     assert [role for role in ROLES if may(policies, "prometheus", role, 8080)] == ["head", "router", "experts"]
     assert [role for role in ROLES if may(policies, "prometheus", role, 44217)] == ["head"]
-    assert all(may(policies, "test", role, port) for role in ("router", "experts") for port in (8000, 9000))
-    assert [role for role in ROLES if may(policies, "rebalancer", role, 9000)] == ["router", "experts"]
+    assert all(may(policies, "test", role, port) for role in ("router", "experts") for port in (8000, 9000, 9001))
+    assert [role for role in ROLES if may(policies, "rebalancer", role, 9001)] == ["router", "experts"]
+    assert not any(may(policies, "rebalancer", role, 9000) for role in ROLES), "TLS is on"
     assert not any(may(policies, "rebalancer", role, 8265) for role in ROLES)
+
+
+def test_without_tls_the_directory_is_at_the_plain_port() -> None:
+    rendered = objects(template(CPU, settings={"rebalancer.enabled": "true", "tls.mode": "off"}))
+    opened = [one["spec"] for one in rendered if one["kind"] == "NetworkPolicy"]
+    for source in ("test", "rebalancer"):
+        assert [role for role in ROLES if may(opened, source, role, 9000)] == ["router", "experts"]
+        assert not any(may(opened, source, role, 9001) for role in ROLES)
 
 
 def test_redis_is_for_the_head_alone(policies: Policies) -> None:

@@ -129,6 +129,9 @@ GROUP = "cluster.groups[0]"
         ({"cluster.model.name": ""}, "cluster.model.name: the name of the model in the OpenAI API is missing"),
         ({"cluster.model.artifact": "/data/a"}, "cluster.model.artifact: /data/a is not on the model volume"),
         ({"cluster.server.grpc_port": "8000"}, "cluster.server: http_port and grpc_port are both 8000"),
+        ({"cluster.server.grpc_tls_port": "8000"}, "cluster.server: http_port and grpc_tls_port are both 8000"),
+        ({"cluster.server.grpc_tls_port": "9000"}, "cluster.server: grpc_port and grpc_tls_port are both 9000"),
+        ({"cluster.server.grpc_tls_port": "10500"}, "cluster.server.grpc_tls_port: 10500 is one of those of Ray's"),
         ({"cluster.server.grpc_port": "50052"}, "cluster.server.grpc_port: 50052 lies within replica_ports"),
         ({"cluster.server.http_port": "10500"}, "cluster.server.http_port: 10500 is one of those of Ray's workers"),
         (

@@ -14,6 +14,7 @@ from expertmesh.args import GroupArgs, RouterArgs
 from expertmesh.artifact.manifest import ExpertFunction, Manifest
 from expertmesh.config import ClusterConfig
 from expertmesh.deployment import serve_config
+from expertmesh.directory.secure_port import secure_port
 from expertmesh.kubernetes.groups import read_group
 from expertmesh.kubernetes.serve_text import read_applications
 from tools.chart.helm import CHART, objects, template, values_files
@@ -83,6 +84,48 @@ def test_without_security() -> None:
     _, found = rendered(file, **{"tls.mode": "off", "apiKeys.enabled": "false"})
     by_name = {one["name"]: one["args"] for one in found["applications"]}
     assert by_name["experts-a"]["tls"] is by_name["router"]["tls"] is by_name["router"]["api_keys"] is None
+    assert by_name["directory"] == {}
+    assert by_name["experts-a"]["directory"] == "127.0.0.1:9000"
+
+
+def pods_of(rendered: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(whose, pod's spec) of all pods that the objects make."""
+    found = []
+    for one in rendered:
+        match one["kind"]:
+            case "Pod":
+                found.append((one["metadata"]["name"], one["spec"]))
+            case "Job" | "Deployment":
+                found.append((one["metadata"]["name"], one["spec"]["template"]["spec"]))
+            case "RayService":
+                cluster = one["spec"]["rayClusterConfig"]
+                found.append(("head", cluster["headGroupSpec"]["template"]["spec"]))
+                found += [(group["groupName"], group["template"]["spec"]) for group in cluster["workerGroupSpecs"]]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["off", "generated"])
+def test_whoever_asks_the_directory_has_what_it_asks_for(mode: str) -> None:
+    """Every pod of Ray, where Serve's proxy and the autoscaler are, and the two clients beside it."""
+    settings = {"tls.mode": mode, "rebalancer.enabled": "true"}
+    made = objects(template(CHART / "ci" / "cpu-values.yaml", settings=settings))
+    ports, name = cluster_config(CHART / "ci" / "cpu-values.yaml", "demo-expertmesh"), "demo-expertmesh-experts"
+    secured = mode != "off"
+    port = ports.server.grpc_tls_port if secured else ports.server.grpc_port
+    made = [one for one in made if one["kind"] != "Job"]  # prepares the artifact, asks nobody
+    for whose, spec in pods_of(made):
+        container = spec["containers"][0]
+        mounted = [one["mountPath"] for one in container["volumeMounts"] if one["name"] == "tls"]
+        assert mounted == ([TLS] if secured else []), whose
+        told = {one["name"]: one.get("value") for one in container.get("env", ())}
+        if whose.endswith(("-rebalancer", "-test")):
+            asks = [one.partition("=")[0] for one in container["args"] if f"svc:{port}" in one]
+            assert asks == ["--directory" if secured or whose.endswith("-rebalancer") else "--grpc"]
+            assert ({f"--tls={TLS}", f"--tls-name={name}"} <= set(container["args"])) is secured
+        else:
+            wanted = secure_port(told)
+            assert (wanted is not None) is secured
+            assert wanted is None or (wanted.port, wanted.tls) == (port, ports.security.tls)
 
 
 def test_helm_test_asks_for_a_completion_where_it_has_a_key() -> None:

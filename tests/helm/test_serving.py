@@ -19,6 +19,7 @@ import yaml
 from expertmesh.cluster import local_ray, processes
 from expertmesh.cluster.local_ray import free_ports
 from expertmesh.cluster.serve_api import ServeApi
+from expertmesh.directory import secure_port
 from tools.chart.helm import CHART, objects, template
 
 pytestmark = [pytest.mark.kubernetes, pytest.mark.vllm]
@@ -38,6 +39,7 @@ class Deployed:
     settings: dict[str, str]
     http: str
     grpc: str
+    directory: str
     key: str = ""
 
     def render(self, more: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -136,20 +138,26 @@ class Load:
 @pytest.fixture(scope="module")
 def deployed(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     folder = tmp_path_factory.mktemp("mounted")
-    http_port, grpc_port = free_ports(2)
+    http_port, grpc_port, grpc_tls_port = free_ports(3)
     settings = {
         "model.mountPath": str(demo_artifact.parent),
         "model.prepare.enabled": "false",
         "cluster.model.artifact": str(demo_artifact),
         "cluster.server.http_port": str(http_port),
         "cluster.server.grpc_port": str(grpc_port),
+        "cluster.server.grpc_tls_port": str(grpc_tls_port),
         "cluster.server.replica_ports": "{61000,61999}",  # above those that systems hand out
     }
-    ray = local_ray.start(24, folder / "ray.log", {"router": 1000, "experts": 1000})
+    (service,) = (one for one in objects(template(CPU, settings=settings)) if one["kind"] == "RayService")
+    head = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    told = {one["name"]: one["value"].replace(MOUNTED, str(folder)) for one in head["env"]}
+    variables = {secure_port.VARIABLE: told[secure_port.VARIABLE]}
+    ray = local_ray.start(24, folder / "ray.log", {"router": 1000, "experts": 1000}, variables)
     try:
         local_ray.wait_until_up(ray, 90, lambda: None)
         api = ServeApi(ray.dashboard, ray.token)
-        made = Deployed(api, folder, settings, f"http://127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}")
+        addresses = [f"127.0.0.1:{port}" for port in (http_port, grpc_port, grpc_tls_port)]
+        made = Deployed(api, folder, settings, f"http://{addresses[0]}", *addresses[1:])
         made.mount()
         made.deploy()
         yield made
@@ -162,10 +170,13 @@ def test_what_helm_test_runs(deployed: Deployed) -> None:
     """The arguments are those of the chart's test pod, with addresses of this machine."""
     (pod,) = (one for one in deployed.render({}) if one["kind"] == "Pod")
     (container,) = pod["spec"]["containers"]
-    addresses = {"--url": deployed.http, "--grpc": deployed.grpc}
-    arguments = [
-        f"{name}={addresses[name]}" if (name := one.split("=")[0]) in addresses else one for one in container["args"]
-    ]
+    here = {
+        "--url": deployed.http,
+        "--grpc": deployed.grpc,
+        "--directory": deployed.directory,
+        "--tls": str(deployed.folder / "tls"),
+    }
+    arguments = [f"{name}={here[name]}" if (name := one.split("=")[0]) in here else one for one in container["args"]]
     environment = {"OPENAI_API_KEY": deployed.key, "PATH": ""}
     command = [sys.executable, *container["command"][1:], *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)

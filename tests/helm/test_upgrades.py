@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from test_refusals import write
-from test_serve_config import merged
+from test_serve_config import merged, pods_of
 
 from tools.chart.helm import CHART, objects, template, values_files
 
@@ -108,13 +108,16 @@ def test_what_kuberay_asks_of_a_rayservice(file: Path) -> None:
     ports = {port["name"]: port["containerPort"] for port in head["ports"]}
     assert ports["serve"] == serve["http_options"]["port"]
     assert ports["serve-grpc"] == serve["grpc_options"]["port"]
+    directories = {one["args"]["directory"] for one in serve["applications"] if "directory" in one["args"]}
+    assert directories == {f"127.0.0.1:{ports['serve-grpc-tls']}"}
+    assert max(map(len, ports)) <= 15, "Kubernetes' limit of a port's name"
     assert len(service["metadata"]["name"]) <= 47
     assert service["spec"]["upgradeStrategy"]["type"] in ("None", "NewCluster")
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         spec = group["template"]["spec"]
         worker = {port["name"]: port["containerPort"] for port in spec["containers"][0]["ports"]}
-        assert (worker["serve"], worker["serve-grpc"]) == (ports["serve"], ports["serve-grpc"])
+        assert worker == {name: ports[name] for name in ("serve", "serve-grpc", "serve-grpc-tls", "metrics")}
         # the head's service selects pods by KubeRay's own app.kubernetes.io/name
         assert "app.kubernetes.io/name" not in group["template"]["metadata"]["labels"]
         # the autoscaler, in its second version, restarts nothing by itself
@@ -136,19 +139,3 @@ def test_every_pod_is_confined(file: Path) -> None:
             assert security["capabilities"] == {"drop": ["ALL"]}, name
             assert {mount["name"] for mount in container["volumeMounts"]} <= mounts, name
             assert container["resources"]["limits"]["memory"], name
-
-
-def pods_of(rendered: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """(whose, pod's spec) of all pods that the objects make."""
-    found = []
-    for one in rendered:
-        match one["kind"]:
-            case "Pod":
-                found.append((one["metadata"]["name"], one["spec"]))
-            case "Job" | "Deployment":
-                found.append((one["metadata"]["name"], one["spec"]["template"]["spec"]))
-            case "RayService":
-                cluster = one["spec"]["rayClusterConfig"]
-                found.append(("head", cluster["headGroupSpec"]["template"]["spec"]))
-                found += [(group["groupName"], group["template"]["spec"]) for group in cluster["workerGroupSpecs"]]
-    return found

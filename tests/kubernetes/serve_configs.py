@@ -15,7 +15,7 @@ POOL = {"experts": 1}
 FINGERPRINT = "f" * 64
 
 
-def cluster(*groups: dict[str, Any]) -> ClusterConfig:
+def cluster(*groups: dict[str, Any], **more: Any) -> ClusterConfig:
     """Groups `hot` and `cold` of a model with two layers of 8 experts, where none are given."""
     default: tuple[dict[str, Any], ...] = (
         {"name": "hot", "experts": "0-1", "min_replicas": 1, "max_replicas": 2},
@@ -25,7 +25,8 @@ def cluster(*groups: dict[str, Any]) -> ClusterConfig:
     server = {"replica_host": "auto", "replica_ports": [50051, 50114], "host": "0.0.0.0"}
     engine = {"resources": {"router": 1}}
     model = {"artifact": "/models/artifact", "name": "demo"}
-    return ClusterConfig.model_validate({"model": model, "groups": described, "server": server, "engine": engine})
+    own = {"model": model, "groups": described, "server": server, "engine": engine}
+    return ClusterConfig.model_validate(own | more)
 
 
 def manifest(expert_bytes: int = 4 * 3 * 8 * 16) -> Manifest:
@@ -45,7 +46,7 @@ def manifest(expert_bytes: int = 4 * 3 * 8 * 16) -> Manifest:
     )
 
 
-def serve_text(*groups: dict[str, Any]) -> str:
+def serve_text(*groups: dict[str, Any], **more: Any) -> str:
     """As Helm's toYaml writes it: keys in order of the alphabet."""
-    config = cluster(*groups)
+    config = cluster(*groups, **more)
     return yaml.safe_dump(serve_config(config, known_model(config.groups)), sort_keys=True)

@@ -27,9 +27,10 @@ def test_groups_are_read_back() -> None:
     assert [read_group(one) for one in found.values()] == wanted
 
 
-def test_a_new_group_is_what_a_cluster_config_would_have_made_of_it() -> None:
+@pytest.mark.parametrize("security", [{}, {"tls": {"ca": "/a", "certificate": "/b", "key": "/c"}}])
+def test_a_new_group_is_what_a_cluster_config_would_have_made_of_it(security: dict[str, Any]) -> None:
     """Artifact, ports, TLS and the like come from a group that runs."""
-    found = group_applications(serve_text(*DESCRIBED))
+    found = group_applications(serve_text(*DESCRIBED, security=security))
     for like in found.values():
         for name, one in found.items():
             assert make_application(read_group(one), like) == one, name

@@ -69,6 +69,7 @@ class ChartServer(Values):
 
     http_port: Annotated[Port, pydantic.Field(alias="http_port")]
     grpc_port: Annotated[Port, pydantic.Field(alias="grpc_port")]
+    grpc_tls_port: Annotated[Port, pydantic.Field(alias="grpc_tls_port")]
     replica_ports: Annotated[list[Port], pydantic.Field(alias="replica_ports", min_length=2, max_length=2)]
 
 

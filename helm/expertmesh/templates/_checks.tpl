@@ -35,7 +35,11 @@
 {{- if gt (int64 (index $ports 0)) (int64 (index $ports 1)) -}}
 {{- fail (printf "cluster.server.replica_ports: %v does not ascend" $ports) -}}
 {{- end -}}
-{{- range $key := list "http_port" "grpc_port" -}}
+{{- $keys := list "http_port" "grpc_port" -}}
+{{- if ne .Values.tls.mode "off" -}}
+{{- $keys = append $keys "grpc_tls_port" -}}
+{{- end -}}
+{{- range $key := $keys -}}
 {{- $port := int64 (get $cluster.server $key) -}}
 {{- if and (ge $port (int64 (index $ports 0))) (le $port (int64 (index $ports 1))) -}}
 {{- fail (printf "cluster.server.%s: %d lies within replica_ports" $key $port) -}}
@@ -57,8 +61,12 @@
 {{- if and (ge (int64 (index $ports 0)) (int64 $rayPorts.minWorker)) (le (int64 (index $ports 0)) (int64 $rayPorts.maxWorker)) -}}
 {{- fail (printf "cluster.server.replica_ports: %v lie among those of Ray's workers" $ports) -}}
 {{- end -}}
-{{- if eq (int64 $cluster.server.http_port) (int64 $cluster.server.grpc_port) -}}
-{{- fail (printf "cluster.server: http_port and grpc_port are both %d" (int64 $cluster.server.http_port)) -}}
+{{- range $index, $key := $keys -}}
+{{- range $other := slice $keys 0 $index -}}
+{{- if eq (int64 (get $cluster.server $key)) (int64 (get $cluster.server $other)) -}}
+{{- fail (printf "cluster.server: %s and %s are both %d" $other $key (int64 (get $cluster.server $key))) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- include "expertmesh.checkBounds" (list "cluster.engine" (int64 $cluster.engine.min_replicas) (int64 $cluster.engine.max_replicas) "_replicas") -}}
 {{- $pods := .Values.pods -}}

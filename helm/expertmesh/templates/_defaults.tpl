@@ -43,6 +43,7 @@
     "host": "127.0.0.1",
     "http_port": 8000,
     "grpc_port": 9000,
+    "grpc_tls_port": 9001,
     "replica_host": "127.0.0.1",
     "replica_ports": null
   },

@@ -52,6 +52,41 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
+{{/* Of Ray's containers: by it Serve's gRPC proxies ask for certificates, see expertmesh/directory/secure_port.py. */}}
+{{- define "expertmesh.rayEnv" -}}
+{{ include "expertmesh.env" . }}
+{{- with (include "expertmesh.tlsFiles" . | fromJson).tls }}
+- name: EXPERTMESH_GRPC_TLS
+  value: {{ dict "port" (int64 $.Values.cluster.server.grpc_tls_port) "tls" . | toJson | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* Of who shows the cluster's certificate; empty where there is none. */}}
+{{- define "expertmesh.tlsMount" -}}
+{{- if ne .Values.tls.mode "off" -}}
+- name: tls
+  mountPath: /etc/expertmesh/tls
+  readOnly: true
+{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.tlsVolume" -}}
+{{- if ne .Values.tls.mode "off" -}}
+- name: tls
+  secret:
+    secretName: {{ include "expertmesh.tlsSecret" . }}
+    defaultMode: 0440
+{{- end -}}
+{{- end -}}
+
+{{/* What a client of the directory is told besides its address. */}}
+{{- define "expertmesh.tlsArguments" -}}
+{{- if ne .Values.tls.mode "off" -}}
+- --tls=/etc/expertmesh/tls
+- --tls-name={{ include "expertmesh.tlsServerName" . }}
+{{- end -}}
+{{- end -}}
+
 {{/* Of every container. The image keeps all that is written below /tmp: the root file system is read-only. */}}
 {{- define "expertmesh.env" -}}
 - name: HF_HUB_OFFLINE
@@ -161,13 +196,16 @@ imagePullSecrets:
         - name: ray-worker
           {{- include "expertmesh.containerImage" $root | nindent 10 }}
           env:
-            {{- include "expertmesh.env" $root | nindent 12 }}
+            {{- include "expertmesh.rayEnv" $root | nindent 12 }}
             {{- with $pool.env }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
           ports:
             - {name: serve, containerPort: {{ int64 $server.http_port }}}
             - {name: serve-grpc, containerPort: {{ int64 $server.grpc_port }}}
+            {{- if ne $root.Values.tls.mode "off" }}
+            - {name: serve-grpc-tls, containerPort: {{ int64 $server.grpc_tls_port }}}
+            {{- end }}
             - {name: metrics, containerPort: {{ $ports.metrics }}}
           livenessProbe:
             httpGet: {path: /api/local_raylet_healthz, port: {{ $ports.agent }}}
@@ -191,10 +229,8 @@ imagePullSecrets:
             {{- include "expertmesh.containerSecurity" $root | nindent 12 }}
           volumeMounts:
             {{- include "expertmesh.mounts" $root | nindent 12 }}
-            {{- if ne $root.Values.tls.mode "off" }}
-            - name: tls
-              mountPath: /etc/expertmesh/tls
-              readOnly: true
+            {{- with include "expertmesh.tlsMount" $root }}
+            {{- . | nindent 12 }}
             {{- end }}
             {{- if and $isRouter $root.Values.apiKeys.enabled }}
             - name: api-keys
@@ -203,11 +239,8 @@ imagePullSecrets:
             {{- end }}
       volumes:
         {{- include "expertmesh.commonVolumes" $root | nindent 8 }}
-        {{- if ne $root.Values.tls.mode "off" }}
-        - name: tls
-          secret:
-            secretName: {{ include "expertmesh.tlsSecret" $root }}
-            defaultMode: 0440
+        {{- with include "expertmesh.tlsVolume" $root }}
+        {{- . | nindent 8 }}
         {{- end }}
         {{- if and $isRouter $root.Values.apiKeys.enabled }}
         - name: api-keys

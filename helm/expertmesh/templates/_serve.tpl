@@ -10,7 +10,7 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- $applications = append $applications (include "expertmesh.groupApplication" (list $ .) | fromJson) -}}
 {{- end -}}
 {{- $applications = append $applications (include "expertmesh.routerApplication" . | fromJson) -}}
-{{- $servicer := "expertmesh.v1.directory_pb2_grpc.add_DirectoryServiceServicer_to_server" -}}
+{{- $servicer := "expertmesh.directory.secure_port.add_directory" -}}
 {{- $config := dict "proxy_location" "EveryNode"
   "http_options" (dict "host" "0.0.0.0" "port" (int64 $cluster.server.http_port))
   "grpc_options" (dict "port" (int64 $cluster.server.grpc_port) "grpc_servicer_functions" (list $servicer))
@@ -19,7 +19,11 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- end -}}
 
 {{- define "expertmesh.directoryApplication" -}}
-{{- dict "name" "directory" "import_path" "expertmesh.directory.app:build" "route_prefix" "/-/directory" "args" dict | toJson -}}
+{{- $args := dict -}}
+{{- if ne .Values.tls.mode "off" -}}
+{{- $_ := set $args "require_certificate" true -}}
+{{- end -}}
+{{- dict "name" "directory" "import_path" "expertmesh.directory.app:build" "route_prefix" "/-/directory" "args" $args | toJson -}}
 {{- end -}}
 
 {{/* Takes (root, group). */}}
@@ -78,6 +82,9 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- $group := index . 1 -}}
 {{- $defaults := include "expertmesh.defaults" $root | fromJson -}}
 {{- $kwargs := dict "group" $group.name "directory" (include "expertmesh.directoryAddress" $root) -}}
+{{- with (include "expertmesh.tlsFiles" $root | fromJson).tls -}}
+{{- $_ := set $kwargs "tls" . -}}
+{{- end -}}
 {{- $bounds := dict "min_replicas" (int64 $group.min_replicas) "max_replicas" (int64 $group.max_replicas)
   "policy" (dict "policy_function" $defaults.policy "policy_kwargs" $kwargs) -}}
 {{- include "expertmesh.over" (list $defaults.groupAutoscaling $bounds) -}}
@@ -113,7 +120,12 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 
 {{/* Serve's gRPC proxy runs on every node. */}}
 {{- define "expertmesh.directoryAddress" -}}
-{{- printf "127.0.0.1:%d" (int64 .Values.cluster.server.grpc_port) -}}
+{{- printf "127.0.0.1:%s" (include "expertmesh.directoryPort" .) -}}
+{{- end -}}
+
+{{- define "expertmesh.directoryPort" -}}
+{{- $server := .Values.cluster.server -}}
+{{- ternary $server.grpc_port $server.grpc_tls_port (eq .Values.tls.mode "off") | int64 -}}
 {{- end -}}
 
 {{- define "expertmesh.tlsFiles" -}}
