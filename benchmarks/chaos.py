@@ -7,6 +7,7 @@ fault. Each of the others lasts a minute at least and repeats one fault, SETTLE_
 
 - `kill_replica`: SIGKILL to one of a group's two replicas; `hang_replica`: SIGSTOP to it for FOR_S;
   `partition_replica`: nothing goes to its port or comes from it for FOR_S, silently, while the directory hears from it;
+- `corrupt_replica`: one more replica in a group for FOR_S, whose answers lack a row, are of another type or hold a NaN;
 - `kill_only_replica`: SIGKILL to the replica of a group that has one; `restart_directory`: SIGKILL to the directory;
 - `all_at_once`: a kill, a hang, a partition, each in another group, and the directory's restart.
 
@@ -32,7 +33,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import aiohttp
 import psutil
@@ -50,7 +51,7 @@ from expertmesh.deployment import serve_config
 from expertmesh.directory.client import list_table
 from expertmesh.errors import ClusterError
 from expertmesh.v1 import directory_pb2, expert_pb2
-from loadtest.config import Fault
+from loadtest.config import Corruption, Fault
 from loadtest.faults import find_victim, inflict
 from loadtest.partition import cut_off
 
@@ -61,10 +62,12 @@ REPLICAS, ROUTERS = 2, 2
 DEVICE = {"teraflops": 1.0, "memory_gb_per_s": 50.0, "overhead_us": 300.0}
 RATE, MAX_TOKENS, PROMPTS, SEED = 1.0, 48, 16, 7
 MAX_REQUESTS = 24
-KILLS, HANGS, PARTITIONS, KILLS_OF_ONE, RESTARTS = 20, 5, 5, 3, 3
+KILLS, HANGS, PARTITIONS, CORRUPTIONS, KILLS_OF_ONE, RESTARTS = 20, 5, 5, 6, 3, 3
 FOR_S, SETTLE_S, LEAD_S, MINUTE_S = 5.0, 2.0, 5.0, 60.0
 OVERLOAD_S, PEAK_S, AFTER_S, BACK_S = 60.0, 20.0, 20.0, 5.0
 READY_S, RETURN_S = 600.0, 120.0
+WHAT: Sequence[Corruption] = get_args(Corruption)
+"""Is wrong with corrupt answers, in turn."""
 
 WITHOUT = ("without", "without_again")
 """Phases without a fault, the first and the last."""
@@ -162,6 +165,7 @@ class Chaos:
             "kill_replica": (self.each(KILLS, "kill"), ""),
             "hang_replica": (self.each(HANGS, "hang"), ""),
             "partition_replica": (self.each(PARTITIONS, "partition"), no_partition),
+            "corrupt_replica": (self.each(CORRUPTIONS, "corrupt"), ""),
             "kill_only_replica": (self.kill_the_only, ""),
             "restart_directory": (self.restart_directory, ""),
             "all_at_once": (self.all_at_once, no_partition),
@@ -202,7 +206,8 @@ class Chaos:
             await asyncio.sleep(LEAD_S)
             for number in range(times):
                 group = list(GROUPS)[number % len(GROUPS)]
-                await self.hit(phase, fault(kind, group, number // len(GROUPS) % REPLICAS))
+                what = WHAT[number % len(WHAT)]
+                await self.hit(phase, fault(kind, group, number // len(GROUPS) % REPLICAS, what))
             await self.last_a_minute(phase)
 
         return inflict_all
@@ -354,9 +359,10 @@ def is_whole(details: dict[str, Any], ended: set[int]) -> bool:
     )
 
 
-def fault(kind: str, group: str, replica: int) -> Fault:
+def fault(kind: str, group: str, replica: int, what: Corruption = "rows") -> Fault:
     length = None if kind == "kill" else FOR_S
-    return Fault.model_validate({"at_s": 0, "kind": kind, "group": group, "replica": replica, "for_s": length})
+    told = {"at_s": 0, "kind": kind, "group": group, "replica": replica, "for_s": length, "what": what}
+    return Fault.model_validate(told)
 
 
 def why_no_partition() -> str:

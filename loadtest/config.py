@@ -286,11 +286,13 @@ FaultKind = Literal[
     "hang",
     "slow",
     "partition",
+    "corrupt",
     "restart_directory",
     "restart_router",
     "restart_controller",
     "restart_proxy",
 ]
+Corruption = Literal["rows", "dtype", "nan"]
 
 
 class Fault(Section):
@@ -302,14 +304,19 @@ class Fault(Section):
     replica: int = pydantic.Field(
         0, ge=0, description="Which, in the order of their ids; of restart_router, which router."
     )
-    for_s: Seconds | None = pydantic.Field(None, description="Length of a hang, a slow spell or a partition.")
+    for_s: Seconds | None = pydantic.Field(
+        None, description="Length of a hang, a slow spell or a partition; how long a corrupt replica is there."
+    )
     factor: float = pydantic.Field(4, gt=1, le=100, description="Of slow: how many times slower.")
+    what: Corruption = pydantic.Field(
+        "rows", description="Of corrupt: its answers lack a row, are of another type or hold a NaN."
+    )
 
     @pydantic.model_validator(mode="after")
     def fits_kind(self) -> Fault:
         if (self.group is None) != self.kind.startswith("restart_"):
             raise ValueError(f"{self.kind}: group: {'is missing' if self.group is None else 'has none'}")
-        if (self.for_s is None) == (self.kind in {"hang", "slow", "partition"}):
+        if (self.for_s is None) == (self.kind in {"hang", "slow", "partition", "corrupt"}):
             raise ValueError(f"{self.kind}: for_s: {'is missing' if self.for_s is None else 'has none'}")
         return self
 

@@ -1,5 +1,5 @@
-"""Faults on a cluster of one's own: kill, hang, slow or cut off a replica, restart what stands beside; at once or on a
-schedule."""
+"""Faults on a cluster of one's own: kill, hang, slow or cut off a replica, put a corrupt one beside it, restart what
+stands beside; at once or on a schedule."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import psutil
 from expertmesh.args import DIRECTORY_APPLICATION, DIRECTORY_DEPLOYMENT, ROUTER_APPLICATION, ROUTER_DEPLOYMENT
 from expertmesh.cluster import processes
 from expertmesh.cluster.processes import MARKER
-from expertmesh.cluster.record import Record
+from expertmesh.cluster.record import Record, load_deployed
 from expertmesh.cluster.serve_api import ServeApi
 from expertmesh.directory.client import list_table
-from expertmesh.errors import ClusterError, ConfigError
+from expertmesh.errors import ClusterError, ConfigError, ExpertMeshError
+from expertmesh.v1 import directory_pb2
 from loadtest.config import Fault, RunConfig
+from loadtest.corrupt_replica import SUFFIX, corrupt_replica
 from loadtest.endpoint import Endpoint
 from loadtest.partition import cut_off
 from loadtest.records import FaultRecord
@@ -55,7 +57,7 @@ class Injector:
             thread.start()
 
     def stop(self) -> list[FaultRecord]:
-        """Ends hangs and slow spells that go on, drops faults that are not due yet; what was done, in order."""
+        """Ends faults that go on, drops faults that are not due yet; what was done, in order."""
         self._stop.set()
         for thread in self._threads:
             thread.join()
@@ -69,7 +71,7 @@ class Injector:
             victim = find_victim(fault, self._cluster)
             target = victim.name
             inflict(fault, victim, self._stop)
-        except (ClusterError, psutil.Error) as failure:
+        except (ExpertMeshError, psutil.Error) as failure:
             error = str(failure)
         until_s = clock.now() if fault.for_s is not None and not error else None
         self._done.append(FaultRecord(repeat, at_s, fault.kind, target, until_s, error))
@@ -80,53 +82,61 @@ class Victim:
     name: str
     """Id of a replica, or `directory`."""
     process: psutil.Process
-    port: int | None = None
-    """Where a replica listens."""
+    cluster: Record
+    replica: directory_pb2.Replica | None = None
+    """A replica's entry in the directory."""
 
 
-def inflict(fault: Fault, victim: Victim, stop: threading.Event) -> None:
-    """Returns when the fault is over or `stop` is set, with the process running; raises psutil.Error if it is gone and
-    ClusterError where a partition is not allowed."""
+def inflict(fault: Fault, victim: Victim, stop: threading.Event) -> int:
+    """Returns when the fault is over or `stop` is set, with the process running: how many answers it corrupted.
+
+    Raises psutil.Error if the process is gone, ClusterError where a partition is not allowed, and ConfigError or
+    ClusterError where the cluster's config or its TLS files cannot be read for a corrupt replica.
+    """
     process = victim.process
     if fault.for_s is None:
         process.kill()
-        return
-    if fault.kind == "partition" and victim.port is not None:
-        with cut_off(victim.port):
+        return 0
+    if fault.kind == "partition" and victim.replica is not None:
+        with cut_off(int(victim.replica.address.rpartition(":")[2])):
             stop.wait(fault.for_s)
-        return
+        return 0
+    if fault.kind == "corrupt" and victim.replica is not None:
+        tls = load_deployed(victim.cluster).config.security.tls
+        directory = victim.cluster.directory
+        with corrupt_replica(victim.replica, fault.what, directory, tls, victim.cluster.tls) as made:
+            stop.wait(fault.for_s)
+        return made.answers
     ends_at = time.monotonic() + fault.for_s
     try:
         while time.monotonic() < ends_at and not stop.is_set():
             process.suspend()
             if fault.kind == "hang":
                 stop.wait(fault.for_s)
-                return
+                return 0
             stop.wait(SLOW_PERIOD_S * (1 - 1 / fault.factor))
             process.resume()
             stop.wait(SLOW_PERIOD_S / fault.factor)
     finally:
         if process.is_running():
             process.send_signal(signal.SIGCONT)
+    return 0
 
 
 def find_victim(fault: Fault, cluster: Record) -> Victim:
     """Whom the fault hits; raises ClusterError where it is not there or not the cluster's own."""
-    port = None
+    replica = None
     if fault.group is None:
         target, pid = _restarted(fault, cluster)
     else:
-        replicas = [
-            replica
-            for replica in list_table(cluster.directory, tls=cluster.tls).replicas
-            if replica.group == fault.group
-        ]
+        listed = list_table(cluster.directory, tls=cluster.tls).replicas
+        replicas = [one for one in listed if one.group == fault.group and not one.replica_id.endswith(SUFFIX)]
         if fault.replica >= len(replicas):
             raise ClusterError(
                 f"group {fault.group} has {len(replicas)} replicas now, none with number {fault.replica}"
             )
         replica = sorted(replicas, key=lambda one: one.replica_id)[fault.replica]
-        target, pid, port = replica.replica_id, replica.pid, int(replica.address.rpartition(":")[2])
+        target, pid = replica.replica_id, replica.pid
     if pid == os.getpid():
         raise ClusterError(f"{target} is the load test's own process")
     try:
@@ -136,7 +146,7 @@ def find_victim(fault: Fault, cluster: Record) -> Victim:
         raise ClusterError(f"{target}: process {pid} is not one of ours on this machine") from None
     if not ours:
         raise ClusterError(f"{target}: process {pid} was not started by `expertmesh up` for {cluster.name}")
-    return Victim(target, process, port)
+    return Victim(target, process, cluster, replica)
 
 
 def _restarted(fault: Fault, cluster: Record) -> tuple[str, int]:

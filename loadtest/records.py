@@ -85,7 +85,7 @@ class FaultRecord:
     target: str
     """The replica or process that it hit."""
     until_s: float | None = None
-    """End of a hang or a slow spell."""
+    """End of what lasts."""
     error: str = ""
     """Why it could not be done."""
 

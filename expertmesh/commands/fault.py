@@ -89,6 +89,33 @@ def partition(
     _inflict(Fault(at_s=0, kind="partition", group=group, replica=replica, for_s=seconds), cluster, as_json)
 
 
+class What(StrEnum):
+    rows = "rows"
+    dtype = "dtype"
+    nan = "nan"
+
+
+@fault.command()
+def corrupt(
+    group: Group,
+    seconds: For = 5,
+    what: Annotated[What, typer.Option(help="A row too few, another type, or a NaN.")] = What.rows,
+    replica: Replica = 0,
+    cluster: Cluster = None,
+    as_json: Json = False,
+) -> None:
+    """Add a replica whose answers are wrong. It hands rows to the one that is named and spoils what that one answers.
+
+    Routers find it in the directory like any other. With `security.tls` it shows the cluster's certificate.
+
+    Example: expertmesh fault corrupt b --for 10 --what nan
+    """
+    from loadtest.config import Fault
+
+    wanted = {"at_s": 0, "kind": "corrupt", "group": group, "replica": replica, "for_s": seconds, "what": what}
+    _inflict(Fault.model_validate(wanted), cluster, as_json)
+
+
 class Part(StrEnum):
     directory = "directory"
     router = "router"
@@ -113,7 +140,7 @@ def restart(
 
 
 def _inflict(wanted: Fault, name: str | None, as_json: bool) -> None:
-    """Returns when the fault is over. Interrupted, it lets the process run on."""
+    """Returns when the fault is over. Interrupted, it undoes what it did."""
     from expertmesh.cluster import record
     from loadtest.faults import find_victim, inflict, own
 
@@ -122,8 +149,12 @@ def _inflict(wanted: Fault, name: str | None, as_json: bool) -> None:
     length = f" for {wanted.for_s:g} s" if wanted.for_s is not None else ""
     err.print(f"{wanted.kind.replace('_', ' ')}{length}: {target}, process {process.pid}", highlight=False)
     try:
-        inflict(wanted, victim, threading.Event())
+        answers = inflict(wanted, victim, threading.Event())
     except psutil.Error as error:
         raise ClusterError(f"{target}: {error}") from None
+    told = {"kind": wanted.kind, "target": target, "pid": process.pid, "for_s": wanted.for_s}
+    if wanted.kind == "corrupt":
+        err.print(f"{answers} answers were corrupt", highlight=False)
+        told |= {"what": wanted.what, "answers": answers}
     if as_json:
-        typer.echo(json.dumps({"kind": wanted.kind, "target": target, "pid": process.pid, "for_s": wanted.for_s}))
+        typer.echo(json.dumps(told))

@@ -10,30 +10,41 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import psutil
 import pytest
+import torch
+import yaml
+from certificates import Authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from mesh import TRANSPORTS, group_args, running_directory, running_dispatcher
 from session_cluster import Cluster
 
+from expert_service.replica import Replica
 from expertmesh.cluster.processes import MARKER
 from expertmesh.cluster.record import Record
 from expertmesh.directory.client import list_table
 from expertmesh.errors import ClusterError, ConfigError
 from expertmesh.v1 import directory_pb2
-from loadtest.config import RunConfig
+from loadtest.config import Fault, RunConfig
+from loadtest.corrupt_replica import SUFFIX, corrupt_replica
 from loadtest.endpoint import Endpoint
-from loadtest.faults import Injector
+from loadtest.faults import Injector, Victim, find_victim, inflict
 from loadtest.partition import cut_off
 from loadtest.records import FaultRecord
 from loadtest.target import Clock
+from router_service.dispatcher import Dispatcher
 
 MARK = "loadtest-faults"
 PATIENCE_S = 60.0
+CORRUPTIONS = ["rows", "dtype", "nan"]
+HIDDEN_SIZE = 256
 
 
 @dataclass
@@ -47,7 +58,7 @@ class Processes:
 
 
 @pytest.fixture
-def processes(demo_artifact: Path) -> Iterator[Processes]:
+def processes(demo_artifact: Path, tmp_path: Path) -> Iterator[Processes]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> tuple[int, str]:
@@ -65,7 +76,13 @@ def processes(demo_artifact: Path) -> Iterator[Processes]:
         return process.pid, process.stdout.readline().strip()
 
     _, directory = start("expertmesh.directory")
-    record = Record(name="ours", config="", dashboard="", http="", directory=directory, model="demo", marker=MARK)
+    config = tmp_path / "cluster.yaml"
+    config.write_text(
+        yaml.safe_dump({"model": {"artifact": str(demo_artifact)}, "groups": [{"name": "a", "experts": "0-15"}]})
+    )
+    record = Record(
+        name="ours", config=str(config), dashboard="", http="", directory=directory, model="demo", marker=MARK
+    )
 
     def start_replica() -> int:
         options = ("--artifact", str(demo_artifact), "--group", "a", "--experts", "0-15", "--directory", directory)
@@ -98,6 +115,17 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {PATIENCE_S:.0f} s"
         time.sleep(0.01)
+
+
+def record_of(cluster: Cluster) -> Record:
+    path = Path(cluster.environment["XDG_STATE_HOME"]) / "expertmesh" / "tests" / "cluster.json"
+    return Record.model_validate_json(path.read_bytes())
+
+
+def logs(cluster: Record) -> str:
+    """Of all processes of the cluster."""
+    files = (Path(str(cluster.temp_dir)) / "session_latest" / "logs").rglob("*")
+    return "".join(file.read_text(errors="replace") for file in files if file.is_file())
 
 
 def rules() -> str:
@@ -237,11 +265,124 @@ def test_clusters_of_others_and_unknown_groups_are_refused(processes: Processes)
         injector(processes.record.model_copy(update={"directory": "127.0.0.1:1"}), kill)
 
 
+def step(router: Dispatcher) -> torch.Tensor:
+    """Rows of the first layer, all to an expert of the session cluster's group b: one message each time."""
+    rows = torch.randn(6, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
+    return router.finish(router.start(0, rows, torch.full((6, 1), 4), torch.ones(6, 1)))
+
+
+def members(directory: str) -> set[str]:
+    return {replica.replica_id for replica in list_table(directory).replicas}
+
+
+def find_out(router: Dispatcher, directory: str, real: set[str], expected: torch.Tensor) -> str:
+    """Steps until the router gives a corrupt replica no more rows, whose id it returns; no sum may have changed."""
+    rest: set[str] = set()
+
+    def found() -> bool:
+        assert torch.equal(step(router), expected)
+        rest.update(router.replicas.suspended())
+        return bool(rest)
+
+    until(found)
+    assert rest == members(directory) - real and router.counters.resent_rows > 0
+    (corrupt,) = rest
+    assert corrupt.endswith(SUFFIX)
+    return corrupt
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("what", CORRUPTIONS)
+def test_corrupt(processes: Processes, demo_artifact: Path, what: str, transport: str) -> None:
+    processes.start_replica()
+    (real,) = processes.replicas()
+    directory = processes.record.directory
+    made = injector(processes.record, {"kind": "corrupt", "at_s": 0, "group": "a", "for_s": 600, "what": what})
+    with running_dispatcher(demo_artifact, directory, transport) as router:
+        expected = step(router)
+        made.start(Clock(time.monotonic()), 0)
+        find_out(router, directory, {real.replica_id}, expected)
+        (done,) = made.stop()
+        assert (done.kind, done.target, done.error) == ("corrupt", real.replica_id, "") and done.until_s is not None
+        assert members(directory) == {real.replica_id}
+        assert torch.equal(step(router), expected)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_corrupt_replica_shows_the_certificate_of_the_cluster(
+    demo_artifact: Path, tmp_path: Path, transport: str
+) -> None:
+    tls = Authority(tmp_path).issue()
+    config = tmp_path / "cluster.yaml"
+    described = {"model": {"artifact": str(demo_artifact)}, "groups": [{"name": "a", "experts": "0-15"}]}
+    config.write_text(yaml.safe_dump(described | {"security": {"tls": tls.model_dump(mode="json")}}))
+    with running_directory() as directory:
+        record = Record(name="ours", config=str(config), dashboard="", http="", directory=directory, model="demo")
+        real = Replica(group_args(demo_artifact, directory, "a", set(range(16)), tls=tls), directory)
+        fault, stop = Fault(at_s=0, kind="corrupt", group="a", for_s=600), threading.Event()
+        victim = Victim(real.replica_id, psutil.Process(), record, real.entry())
+        try:
+            with running_dispatcher(demo_artifact, directory, transport, tls) as router, ThreadPoolExecutor(1) as pool:
+                expected = step(router)
+                inflicted = pool.submit(inflict, fault, victim, stop)
+                try:
+                    find_out(router, directory, {real.replica_id}, expected)
+                finally:
+                    stop.set()
+                assert inflicted.result(PATIENCE_S) > 0
+        finally:
+            real.stop()
+
+
+def test_others_never_hit_a_corrupt_replica(processes: Processes) -> None:
+    """Which of a group's replicas is meant does not depend on it."""
+    processes.start_replica()
+    (real,) = processes.replicas()
+    with corrupt_replica(real, "nan", processes.record.directory, None):
+        until(lambda: len(processes.replicas()) == 2)
+        kill = Fault(at_s=0, kind="kill", group="a")
+        assert find_victim(kill, processes.record).name == real.replica_id
+        with pytest.raises(ClusterError, match="group a has 1 replicas now, none with number 1"):
+            find_victim(kill.model_copy(update={"replica": 1}), processes.record)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("what", CORRUPTIONS)
+def test_a_served_router_finds_a_corrupt_replica_out(cluster: Cluster, demo_artifact: Path, what: str) -> None:
+    """It says so in its log, as one in this process does otherwise; no request fails, no greedy answer differs."""
+
+    def complete() -> str:
+        asked = {"model": cluster.model, "prompt": "import ", "max_tokens": 32, "temperature": 0}
+        answer = httpx.post(f"{cluster.http}/v1/completions", json=asked, timeout=180).raise_for_status()
+        return str(answer.json()["choices"][0]["text"])
+
+    record = record_of(cluster)
+    real = members(record.directory)
+    usual = complete()
+    made = injector(record, {"kind": "corrupt", "at_s": 0, "group": "b", "for_s": 600, "what": what})
+    with running_dispatcher(demo_artifact, record.directory) as router:
+        expected = step(router)
+        made.start(Clock(time.monotonic()), 0)
+        try:
+            corrupt = find_out(router, record.directory, real, expected)
+            answers: list[str] = []
+
+            def told() -> bool:
+                answers.append(complete())
+                return len(answers) >= 4 and f"replica {corrupt} gets no rows" in logs(record)
+
+            until(told)
+        finally:
+            (done,) = made.stop()
+    assert set(answers) == {usual}
+    assert done.error == "" and members(record.directory) == real
+    assert complete() == usual
+
+
 @pytest.mark.cluster
 def test_restart_directory(cluster: Cluster) -> None:
     """Another directory takes over, and all replicas are in it again."""
-    path = Path(cluster.environment["XDG_STATE_HOME"]) / "expertmesh" / "tests" / "cluster.json"
-    record = Record.model_validate_json(path.read_bytes())
+    record = record_of(cluster)
     before = list_table(record.directory)
     made = injector(record, {"kind": "restart_directory", "at_s": 0})
     made.start(Clock(time.monotonic()), 0)
@@ -295,6 +436,27 @@ def test_the_command_interrupted_lets_the_replica_run_on(processes: Processes, t
     _, said = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130 and said.startswith("hang for 600 s: ")
     assert psutil.Process(pid).status() != psutil.STATUS_STOPPED
+
+
+def test_the_command_corrupts(processes: Processes, tmp_path: Path) -> None:
+    pid = processes.start_replica()
+    (real,) = processes.replicas()
+    running = command(processes.record, tmp_path, "corrupt", "a", "--for", "0.5", "--what", "nan", "--json")
+    out, said = running.communicate(timeout=PATIENCE_S)
+    told = {"kind": "corrupt", "target": real.replica_id, "pid": pid, "for_s": 0.5, "what": "nan", "answers": 0}
+    assert json.loads(out) == told, said
+    assert members(processes.record.directory) == {real.replica_id}
+
+
+def test_the_command_interrupted_takes_the_corrupt_replica_away(processes: Processes, tmp_path: Path) -> None:
+    processes.start_replica()
+    (real,) = processes.replicas()
+    running = command(processes.record, tmp_path, "corrupt", "a", "--for", "600")
+    until(lambda: len(processes.replicas()) == 2)
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=PATIENCE_S)
+    assert running.returncode == 130
+    assert members(processes.record.directory) == {real.replica_id}
 
 
 def test_the_command_refuses(processes: Processes, tmp_path: Path) -> None:
