@@ -26,6 +26,7 @@ from router_service.admission import Admission
 from router_service.api_keys import ApiKeys
 from router_service.connection import SETTINGS_KEY, RouterSettings
 from router_service.error_shape import ErrorShape
+from router_service.request_errors import handle_request_errors
 
 DEPLOYMENT = "Router"
 """Ray Serve shows it as `LLMServer:Router`."""
@@ -56,6 +57,7 @@ def build(args: dict[str, Any]) -> Application:
 def http_app(args: RouterArgs) -> FastAPI:
     """Ray Serve LLM's HTTP application, without routes yet, behind our middleware."""
     app: FastAPI = init()
+    handle_request_errors(app)
     app.add_middleware(ErrorShape)
     engine = args.engine
     app.add_middleware(Admission, max_requests=engine.max_requests, max_body_bytes=int(engine.max_body_mib * 2**20))
