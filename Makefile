@@ -1,7 +1,7 @@
 # `make help` lists the targets.
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e-kubernetes image chart lint format bench fuzz lock
+.PHONY: help setup demo test e2e-kubernetes image chart lint format bench fuzz fuzz-http lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench: setup ## Run all benchmarks, print a table and write benchmarks/results/<
 
 fuzz: setup ## Fuzz what comes from outside, each target for SECONDS (600); TARGET: one of them alone; JSON: a file for the outcomes
 	@PYTHONPATH=tests $(PYTHON) -m fuzz $(or $(TARGET),all) --seconds $(or $(SECONDS),600) $(if $(JSON),--json $(JSON))
+
+fuzz-http: setup ## Fuzz the HTTP API with schemathesis for SECONDS (120) and compare with plain vLLM; JSON; ARGS, e.g. "--cluster NAME"
+	@PYTHONPATH=tests $(PYTHON) -m fuzz.http --seconds $(or $(SECONDS),120) $(if $(JSON),--json $(JSON)) $(ARGS)
 
 lock: ## Write the lock files again, versions unchanged; UPGRADE=1: newest versions; needs uv on the PATH
 	@python3 requirements/lock.py $(if $(UPGRADE),--upgrade)

@@ -87,7 +87,7 @@ def plain_server(checkpoint: Path) -> Iterator[str]:
     """Plain vLLM with the whole machine; yields its URL."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     arguments = {"max_model_len": ENGINE.max_model_len, "kv_cache_memory_bytes": int(ENGINE.kv_cache_gib * 2**30)}
-    with _api_server(checkpoint, arguments, {"VLLM_CPU_OMP_THREADS_BIND": cores}) as url:
+    with api_server(checkpoint, arguments, {"VLLM_CPU_OMP_THREADS_BIND": cores}) as url:
         yield url
 
 
@@ -103,7 +103,7 @@ def split_server(artifact: Path) -> Iterator[str]:
             stack.enter_context(_printing_its_address(["-m", "expert_service", *given]))
         args = RouterArgs(artifact=str(artifact), name=MODEL, engine=ENGINE, directory=directory)
         environment = app.environment(ENGINE.num_cpus, 0)
-        yield stack.enter_context(_api_server(artifact / "trunk", app.engine_arguments(args), environment))
+        yield stack.enter_context(api_server(artifact / "trunk", app.engine_arguments(args), environment))
 
 
 @contextlib.contextmanager
@@ -127,15 +127,23 @@ def whole_cluster(artifact: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _api_server(model: Path, arguments: Mapping[str, object], environment: Mapping[str, str]) -> Iterator[str]:
+def api_server(
+    model: Path,
+    arguments: Mapping[str, object],
+    environment: Mapping[str, str],
+    *,
+    name: str = MODEL,
+    logs: Path = WORK,
+) -> Iterator[str]:
+    """vLLM's own, with these engine arguments; yields its URL. Raises ClusterError where it does not come up."""
     port = local_ray.free_ports(1)[0]
     url = f"http://127.0.0.1:{port}"
-    flags = ["--model", str(model), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    flags = ["--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     for key, value in arguments.items():
         flags += _flag(key.replace("_", "-"), value)
     command = ["-m", "vllm.entrypoints.openai.api_server", *flags]
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    log = WORK / f"server-{port}.log"
+    log = logs / f"server-{port}.log"
     with log.open("wb") as output, _process(command, quiet | dict(environment), output) as process:
         _wait_until(lambda: _answers(f"{url}/health"), process, log)
         yield url

@@ -1,6 +1,7 @@
 """Writes requirements/cpu.txt, every package of a CPU installation with the hashes of the files that pip may choose.
 The container images have locks of their own, in the versions of cpu.txt wherever it names a package: image-build.txt
-(what builds the project), image-cpu.txt and image-gpu.txt (what runs it, nothing for development).
+(what builds the project), image-cpu.txt and image-gpu.txt (what runs it, nothing for development). So has what
+`make fuzz-http` runs in a virtual environment of its own, schemathesis.txt: it does not fit cpu.txt.
 
     python requirements/lock.py [--upgrade]
 
@@ -53,6 +54,7 @@ def requirements() -> dict[str, list[str]]:
         "image-build": [*builds, *(one for one in extras["dev"] if one.startswith(("cmake", "ninja")))],
         "image-cpu": [*runs, *extras["cpu"]],
         "image-gpu": [*runs, *extras["gpu"], CUDA],
+        "schemathesis": ["schemathesis>=4.32"],
     }
 
 
@@ -135,6 +137,10 @@ def main() -> None:
         apart = TORCH_PACKAGES if kind == "image-cpu" else ()
         write(lock, {key: found for key, found in packages.items() if not key[0].startswith(apart)})
         print(f"{lock.name}: {len(packages)} packages")
+    lock = FOLDER / "schemathesis.txt"
+    packages = packages_of("schemathesis", PYTHONS, {} if upgrade else pinned(lock))
+    write(lock, packages)
+    print(f"{lock.name}: {len(packages)} packages")
 
 
 if __name__ == "__main__":

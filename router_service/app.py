@@ -27,6 +27,7 @@ from router_service.admission import Admission
 from router_service.api_keys import ApiKeys
 from router_service.connection import SETTINGS_KEY, RouterSettings
 from router_service.error_shape import ErrorShape
+from router_service.request_errors import handle_request_errors
 from router_service.survival import surviving
 
 DEPLOYMENT = "Router"
@@ -66,6 +67,7 @@ def build(args: dict[str, Any]) -> Application:
 def http_app(args: RouterArgs) -> FastAPI:
     """Ray Serve LLM's HTTP application, without routes yet, behind our middleware."""
     app: FastAPI = init()
+    handle_request_errors(app)
     app.add_middleware(ErrorShape)
     engine = args.engine
     app.add_middleware(Admission, max_requests=engine.max_requests, max_body_bytes=int(engine.max_body_mib * 2**20))
