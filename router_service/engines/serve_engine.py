@@ -18,12 +18,15 @@ from router_service.vllm_scheduler import SparingAsyncScheduler, SparingSchedule
 
 
 class ExpertsAway(RetryableRequestError, ValueError):  # type: ignore[misc]
-    """A request lost rows. vLLM answers it with 503; Ray Serve LLM passes on what is a ValueError and no other."""
+    """A request lost rows. vLLM answers it with 503; Ray Serve LLM passes on what is a ValueError and no other.
+
+    vLLM's finish reason is the same where a grammar and other demands of a request leave no token."""
 
 
 def raise_if_error(finish_reason: str | None, request_id: str) -> None:
     if finish_reason == "error":
-        raise ExpertsAway(f"experts that request {request_id} needs are not served now; try again")
+        causes = "experts that it needs are not served now, or its demands leave no token"
+        raise ExpertsAway(f"request {request_id} got no token: {causes}")
 
 
 class InProcessEngine(VLLMEngine):  # type: ignore[misc]

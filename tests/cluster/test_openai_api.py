@@ -114,7 +114,16 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_limit(client: openai.Open
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 @pytest.mark.parametrize(
     "body",
-    [b"{", b"[]", b'{"model": "demo"}', b'{"model": "demo", "prompt": "x", "messages": [], "max_tokens": "many"}'],
+    [
+        b"{",
+        b"[]",
+        b'{"model": "demo"}',
+        b'{"model": "demo", "prompt": "x", "messages": [], "max_tokens": "many"}',
+        b'{"model": "demo", "prompt": "x", "messages": [], "max_tokens": NaN}',
+        b'{"model": "demo", "prompt": "\\ud800", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "demo", "prompt": [-1], "messages": [{"role": "user", "content": [{"type": "odd"}]}]}',
+        b'{"model": "demo:odd", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}',
+    ],
 )
 def test_malformed_requests_get_a_4xx_in_one_line(cluster: Cluster, path: str, body: bytes) -> None:
     answer = httpx.post(f"{cluster.http}/v1/{path}", content=body, headers={"Content-Type": "application/json"})

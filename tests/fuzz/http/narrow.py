@@ -71,9 +71,16 @@ SAMPLING: dict[str, Schema] = {
     "cache_salt": TEXT,
     "user": TEXT,
     "response_format": record({"type": {"const": "text"}}, {}),
-    "structured_outputs": record({"choice": several(TEXT)}, {}),
+    "structured_outputs": {"type": "null"},
 }
 """Within what plain vLLM takes, few tokens."""
+STRUCTURED = {
+    "structured_outputs": {
+        "anyOf": [record({"choice": several(TEXT)}, {}), record({"json_object": {"const": True}}, {})]
+    }
+}
+"""Apart: beside `allowed_token_ids` or `bad_words` a grammar may leave no token, an error of the engine."""
+COMMON = {name: SAMPLING[name] for name in ("max_tokens", "n", "temperature", "seed", "stream")}
 MESSAGE = record({"role": {"enum": ["system", "user", "assistant"]}, "content": TEXT}, {})
 FUNCTION = record({"name": {"enum": ["look", "go"]}}, {"description": TEXT, "parameters": record({}, {})})
 TOOL = record({"type": {"enum": ["function"]}, "function": FUNCTION}, {})
@@ -96,7 +103,7 @@ NARROW = {"CompletionRequest": COMPLETION, "ChatCompletionRequest": CHAT}
 
 def narrowed(schema: Schema, model: str) -> Schema:
     """The same paths; every request names the model or none, and completions have a prompt, within what vLLM takes, and
-    either nothing else or whatever the schema has."""
+    nothing else, or a grammar, or whatever the schema has."""
     made = copy.deepcopy(schema)
     schemas = made["components"]["schemas"]
     for one in schemas.values():
@@ -107,5 +114,6 @@ def narrowed(schema: Schema, model: str) -> Schema:
             wide = schemas[name]
             wide["required"] = sorted({*wide.get("required", []), *narrow["required"]})
             wide["properties"] |= narrow["properties"]
-            schemas[name] = {"anyOf": [narrow, wide]}
+            needed = {field: narrow["properties"][field] for field in narrow["required"]}
+            schemas[name] = {"anyOf": [narrow, record(needed | STRUCTURED, COMMON), wide]}
     return made

@@ -93,9 +93,11 @@ def test_narrower_requests_name_the_model_and_have_a_prompt() -> None:
     before = json.dumps(served)
     made = narrowed(served, "demo")["components"]["schemas"]["CompletionRequest"]
     assert json.dumps(served) == before
-    narrow, wide = (jsonschema.Draft202012Validator(one) for one in made["anyOf"])
+    narrow, structured, wide = (jsonschema.Draft202012Validator(one) for one in made["anyOf"])
     assert narrow.is_valid({"prompt": "a", "temperature": 1}) and narrow.is_valid({"prompt": [1, 2]})
     assert not narrow.is_valid({"prompt": "a", "temperature": 3}) and not narrow.is_valid({"prompt": "a", "odd": 3})
+    assert structured.is_valid({"prompt": "a", "structured_outputs": {"choice": ["yes"]}})
+    assert not structured.is_valid({"prompt": "a"})
     assert wide.is_valid({"prompt": "a", "odd": 3, "model": "demo"})
     assert not wide.is_valid({"model": "demo"}) and not wide.is_valid({"prompt": "a", "model": "other"})
 
