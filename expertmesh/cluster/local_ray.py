@@ -47,10 +47,16 @@ class LocalRay:
     log: Path
 
 
-def start(num_cpus: int, log: Path, resources: Mapping[str, float] | None = None) -> LocalRay:
+def start(
+    num_cpus: int,
+    log: Path,
+    resources: Mapping[str, float] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LocalRay:
     """Starts `ray start --head --block`, which writes to `log`; use `wait_until_up` next.
 
-    The node has `num_cpus` CPUs and the custom `resources`, whatever the machine has.
+    The node has `num_cpus` CPUs and the custom `resources`, whatever the machine has. `environment`: beside this
+    process's own.
     """
     ports = free_ports(len(PORT_OPTIONS) + len(PORT_VARIABLES))
     options = dict(zip(PORT_OPTIONS, ports, strict=False))
@@ -62,12 +68,12 @@ def start(num_cpus: int, log: Path, resources: Mapping[str, float] | None = None
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={temp_dir}"]
     if resources:
         command.append(f"--resources={json.dumps(dict(resources))}")
-    environment = _environment(marker, token) | dict(zip(PORT_VARIABLES, map(str, ports[len(options) :]), strict=True))
+    variables = _environment(marker, token) | dict(zip(PORT_VARIABLES, map(str, ports[len(options) :]), strict=True))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=variables | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
