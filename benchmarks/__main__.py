@@ -33,6 +33,7 @@ NAMES = (
     "rebalance",
     "chaos",
     "restarts",
+    "restart_gcs",
     "planner",
     "simulation_error",
 )

@@ -130,6 +130,12 @@ def deploy(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
     api = ServeApi(target.dashboard, target.token)
     check_room(plan.config, api.nodes())
     api.deploy(serve_config(plan.config, plan.manifest))
+    wait_until_ready(plan, target, timeout_s, show)
+
+
+def wait_until_ready(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
+    """Raises ClusterError where an application fails or is late."""
+    api = ServeApi(target.dashboard, target.token)
     deadline = time.monotonic() + timeout_s
     while True:
         reached = steps(plan.applications, api.details(), _table(target))
