@@ -66,10 +66,16 @@ def corrupt_replica(
     try:
         yield run(serving.enter_async_context(_serving(real, what, directory, tls, directory_tls)))
     finally:
-        run(serving.aclose())
+        run(_close(serving))
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def _close(serving: AsyncExitStack) -> None:
+    await serving.aclose()
+    if grpcs_own := asyncio.all_tasks() - {asyncio.current_task()}:  # they see to the end of cancelled calls
+        await asyncio.wait(grpcs_own, timeout=GRACE_S)
 
 
 @asynccontextmanager
