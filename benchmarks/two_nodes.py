@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import psutil
 
@@ -84,7 +83,7 @@ class TwoNodes:
         shutil.rmtree(self.head.temp_dir)
         self.head.temp_dir.mkdir()
         with self.head.log.open("ab") as output:
-            process = _start(self.command, self.environment, output, self.head.temp_dir)
+            process = local_ray.spawn(self.command, self.environment, output, self.head.temp_dir)
         self.head = replace(self.head, process=process)
 
     def start_worker(self, num_cpus: int, ports: tuple[int, int], folder: Path, log: Path) -> None:
@@ -105,7 +104,7 @@ class TwoNodes:
         inherited = {key: value for key, value in self.environment.items() if key not in HEADS_OWN}
         command = [sys.executable, "-m", "benchmarks.two_nodes", json.dumps(parameters)]
         with log.open("wb") as output:
-            _start(command, inherited | variables, output, ROOT)
+            local_ray.spawn(command, inherited | variables, output, ROOT)
         self.wait(lambda: any(node.get("CPU") for node in self.api.nodes()), "seen its worker")
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
@@ -132,20 +131,6 @@ def two_nodes(storage: Mapping[str, str], num_cpus: int, ports: tuple[int, int],
         processes.end(head.marker, GRACE_S)
         for one in (folder, head.temp_dir):
             shutil.rmtree(one, ignore_errors=True)
-
-
-def _start(
-    command: Sequence[str], environment: Mapping[str, str], output: IO[bytes], folder: Path
-) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        cwd=folder,
-        start_new_session=True,
-    )
 
 
 def _is_workers(process: psutil.Process) -> bool:

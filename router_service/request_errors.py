@@ -7,6 +7,7 @@ bytes, NaN and half a surrogate pair are not: 500 again.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -17,8 +18,11 @@ from ray.exceptions import RayTaskError
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMClientError
 
+log = logging.getLogger(__name__)
+
+# not Exception: what is none of these is a failure of ours and stays 500
 TRANSLATED = (VLLMClientError, ValueError, TypeError, OverflowError, NotImplementedError)
-"""What vLLM's server translates, but for its own failures."""
+"""What vLLM's server translates, but for its own failures. A mistake of ours may be among them: the log tells."""
 
 
 def handle_request_errors(app: FastAPI) -> None:
@@ -42,6 +46,8 @@ async def _misfit(request: Request, error: Exception) -> Response:
 
 
 async def _translated(request: Request, error: Exception) -> Response:
+    if not isinstance(error, VLLMClientError):
+        log.warning("%s %s: called the request's fault", request.method, request.url.path, exc_info=error)
     # what a router raised carries its traceback and address, its cause does not
     made = create_error_response(error.cause if isinstance(error, RayTaskError) else error)
     return _json(made.error.code, made.model_dump())

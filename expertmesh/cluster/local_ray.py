@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from expertmesh.cluster.processes import MARKER
 from expertmesh.cluster.serve_api import ServeApi
@@ -73,16 +74,23 @@ def start(
     environment |= variables or {}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=temp_dir,
-            start_new_session=True,
-        )
+        process = spawn(command, environment, output, temp_dir)
     return LocalRay(process, f"http://{HOST}:{options['--dashboard-port']}", token, marker, temp_dir, log)
+
+
+def spawn(
+    command: Sequence[str], environment: Mapping[str, str], output: IO[bytes], folder: Path
+) -> subprocess.Popen[bytes]:
+    """A process of its own session that works in `folder`, so that an interrupt here does not reach it."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        start_new_session=True,
+    )
 
 
 def wait_until_up(ray: LocalRay, timeout_s: float, tick: Callable[[], None]) -> None:

@@ -86,3 +86,11 @@ def test_an_error_is_the_request_s_where_vllm_says_so(how: str, status: int, mes
     assert answer.status_code == status
     assert answer.json()["error"]["message"] == message
     assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize(("how", "told"), [("value", True), ("remote", True), ("validation", False)])
+def test_what_may_be_a_mistake_of_ours_is_in_the_log(how: str, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    ask(f"/fail/{how}")
+    found = [record for record in caplog.records if record.name == "router_service.request_errors"]
+    assert bool(found) is told
+    assert all(record.exc_info and "/fail/" in record.getMessage() for record in found)
