@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import signal
 import socket
 import threading
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from expertmesh.child_process import spawn
 from expertmesh.errors import ClusterError
 from loadtest.client import Job, Report
 from loadtest.client_process import Begin, Done, Failed, Ready, Stop, Told, work
@@ -40,15 +40,7 @@ Launch = Callable[[Job], Member]
 
 class LocalMember:
     def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, job), name=f"loadtest-{job.shard}", daemon=True)
-        # Ctrl-C is for this process: it tells the others to stop
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
-        self._process.start()
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
-        theirs.close()
+        self._process, self._connection = spawn(work, job, name=f"loadtest-{job.shard}")
 
     def send(self, order: Begin | Stop) -> None:
         # one that has died is told of by the next receive
@@ -170,10 +162,6 @@ def _all_of(connection: Connection, how_it_ended: Callable[[], str]) -> list[Tol
     except (EOFError, OSError):
         found = found or [Failed(f"it died ({how_it_ended()})")]
     return found
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def launcher(ray_address: str | None) -> Launch:

@@ -56,7 +56,7 @@ def _run(wanted: Any, out: Path | None, report: bool, as_json: bool) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(wanted.name, total=wanted.ticks)
-        found = run(wanted, lambda done: bar.update(task, completed=done))
+        found = run(wanted, lambda done: bar.update(task, completed=done), apart=True)
     summary = summarize(found)
     if out is not None:
         for path in write_results(out, found, summary, report):

@@ -23,7 +23,7 @@ def day(found: Simulated) -> Spec:
     hours = found.scenario.ticks * found.scenario.policy.tick_s / 3600
     scale = {"domain": [0, hours], "nice": False}
     x = {"field": "h", "type": "quantitative", "title": "hours", "scale": scale, "axis": {"grid": False}}
-    first = found.lanes[0].name
+    first = found.courses[0].name
     load = [{"h": one.at_s / 3600, "y": one.tokens_per_s} for one in found.samples if one.strategy == first]
     charts = [
         _chart("Load", "tokens per second", load, "area", x, None),

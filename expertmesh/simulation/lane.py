@@ -79,6 +79,8 @@ class Lane:
         self.fleet = fleet
         self.strategy = strategy
         self.totals = Totals()
+        self.plans = 1
+        """That it has followed."""
         self._scenario, self._layout, self._model = scenario, layout, model
         self._first = 0
         """The fleet's number of the layout's first group."""

@@ -40,7 +40,6 @@ class PlannedLane(Lane):
         self, scenario: Scenario, section: PlannerSection, layout: Layout, model: ServiceModel, fleet: Fleet
     ) -> None:
         super().__init__("planned", scenario, layout, model, fleet, Alone(scenario, layout))
-        self.plans = 1
         self._section = section
         self._rows = numpy.zeros(scenario.model.layers * scenario.model.experts)
         self._ticks, self._planned_at = 0, 0.0

@@ -8,7 +8,8 @@ from typing import Any
 import numpy
 from rich.table import Table
 
-from expertmesh.simulation.lane import IN_TIME_SHARE, WAITS_S, Lane, Totals
+from expertmesh.simulation.course import Course
+from expertmesh.simulation.lane import IN_TIME_SHARE, WAITS_S, Totals
 from expertmesh.simulation.run import Simulated
 
 ROWS = (
@@ -31,7 +32,7 @@ Figures = dict[str, Any]
 def summarize(found: Simulated) -> Figures:
     """Times are seconds of the simulated cluster unless the name says otherwise."""
     scenario = found.scenario
-    strategies = {lane.name: figures(lane, scenario.ticks) for lane in found.lanes}
+    strategies = {one.name: figures(one, scenario.ticks) for one in found.courses}
     return {
         "name": scenario.name,
         "seed": scenario.seed,
@@ -50,10 +51,10 @@ def summarize(found: Simulated) -> Figures:
     }
 
 
-def figures(lane: Lane, ticks: int) -> Figures:
+def figures(one: Course, ticks: int) -> Figures:
     """`rows_in_time`: share of rows whose wait and service met the objective; `ticks_in_time`: of ticks in which 99 %
     did; `gpu_hours`: of GPUs that replicas held; `node_gpu_hours`: of all GPUs of the nodes that were there."""
-    totals, used = lane.totals, lane.fleet.used
+    totals, used = one.totals, one.used
     rows = max(totals.rows_in, 1e-12)
     return {
         "replica_seconds": used.replica_s,

@@ -10,16 +10,15 @@ from simulation.scenarios import scenario
 
 from expertmesh.scaling import policy
 from expertmesh.simulation import planning, strategies
-from expertmesh.simulation.lane import Lane
+from expertmesh.simulation.course import Course
 from expertmesh.simulation.layout import make_layout
-from expertmesh.simulation.replanning import PlannedLane
 from expertmesh.simulation.results import summarize
 from expertmesh.simulation.run import Simulated, simulate
 from expertmesh.simulation.traffic import Traffic
 
 
-def lane(found: Simulated, name: str) -> Lane:
-    return next(one for one in found.lanes if one.name == name)
+def of(found: Simulated, name: str) -> Course:
+    return next(one for one in found.courses if one.name == name)
 
 
 def saved(found: Simulated) -> float:
@@ -30,11 +29,11 @@ def saved(found: Simulated) -> float:
 def test_rows_are_served_or_wait(most: int) -> None:
     """With one replica of each group, many wait."""
     found = simulate(scenario(division__max_replicas=most))
-    for one in found.lanes:
+    for one in found.courses:
         totals = one.totals
         assert totals.rows_served + totals.rows_waiting == pytest.approx(totals.rows_in)
         assert (totals.rows_waiting > 0.1 * totals.rows_in) == (most == 1)
-    assert len({one.totals.rows_in for one in found.lanes}) == 1, "the same traffic"
+    assert len({one.totals.rows_in for one in found.courses}) == 1, "the same traffic"
 
 
 def test_a_seed_repeats_itself_and_another_does_not() -> None:
@@ -81,7 +80,7 @@ def test_groups_follow_a_load_that_rises_and_falls() -> None:
     by_hour = {round(one.at_s / 3600, 2): one.running for one in found.samples}
     assert by_hour[12.0] > 2 * by_hour[0.0]
     assert by_hour[0.0] == pytest.approx(found.samples[-1].running, rel=0.25)
-    one = lane(found, "groups")
+    one = of(found, "groups")
     assert one.totals.rows_in_time > 0.98 * one.totals.rows_in
 
 
@@ -100,22 +99,21 @@ def test_a_group_without_rows_sleeps_and_wakes() -> None:
         strategies=["groups"],
     )
     found = simulate(described)
-    one = found.lanes[0]
-    assert one.fleet.used.downs > 0
-    assert one.fleet.running.count(0) > 0
-    assert sum(one.fleet.running) > 0
+    one = found.courses[0]
+    assert one.used.downs > 0
+    assert one.running.count(0) > 0
+    assert sum(one.running) > 0
     assert one.totals.rows_served + one.totals.rows_waiting == pytest.approx(one.totals.rows_in)
 
 
 def test_from_one_plan_to_the_next_no_row_is_lost() -> None:
     described = scenario(planner={"every_s": 600, "groups": 6}, strategies=["planned"])
     found = simulate(described)
-    (one,) = found.lanes
-    assert isinstance(one, PlannedLane)
+    (one,) = found.courses
     assert one.plans == 3
     assert one.totals.rows_served + one.totals.rows_waiting == pytest.approx(one.totals.rows_in)
-    assert sum(count > 0 for count in one.fleet.running) == 6, "only the last plan's groups run"
-    assert one.fleet.running[:6] == [0] * 6
+    assert sum(count > 0 for count in one.running) == 6, "only the last plan's groups run"
+    assert one.running[:6] == (0,) * 6
 
 
 def test_chances_of_a_layer_sum_to_top_k_while_they_change() -> None:
