@@ -1,13 +1,14 @@
 """How many replicas a group should have: a pure function of what its replicas report and of its targets.
 
-Written against plain values alone, so that Ray Serve's controller, the simulator and tests run the same code.
+Written against plain values alone, so that Ray Serve's controller, the simulator and tests run the same code. They are
+named tuples, which are made in a third of a frozen dataclass's time: the simulator makes tens of millions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from expertmesh.config import ScalingSection
 
@@ -25,8 +26,7 @@ STEP_DOWN_S = 3.0
 IDLE_ROWS_PER_S = 1e-3
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaLoad:
+class ReplicaLoad(NamedTuple):
     """What one running replica reported, and how long ago."""
 
     replica: str
@@ -39,8 +39,7 @@ class ReplicaLoad:
     queued_rows: float
 
 
-@dataclass(frozen=True, slots=True)
-class GroupLoad:
+class GroupLoad(NamedTuple):
     """A group at one moment. `running` replicas take rows, `target` are wanted already; times are seconds."""
 
     now: float
@@ -51,8 +50,7 @@ class GroupLoad:
     """Someone waits for a group that has no replica."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(NamedTuple):
     min_replicas: int
     max_replicas: int
 
@@ -64,8 +62,7 @@ Asked = tuple[tuple[float, int], ...]
 """(when, replicas), of those that the load asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
+class Memory(NamedTuple):
     """What the policy remembers from one decision to the next; its size does not grow with time."""
 
     since: float | None = None
@@ -84,8 +81,7 @@ class Memory:
     """When the group was last seen with work, or awoke; None while it has no replica."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     replicas: int
     asked: int
     """What the load alone asks for, before delays, steps and bounds."""
@@ -127,8 +123,8 @@ def decide(load: GroupLoad, targets: ScalingSection, bounds: Bounds, memory: Mem
             stepped_at=memory.stepped_at,
             last_row_at=load.now if memory.last_row_at is None else memory.last_row_at,
         )
-    busy = sum(min(1.0, one.busy) for one in counted) / len(counted)
-    wait_ms = _lower_median(one.queue_wait_ms for one in counted)
+    busy = sum([one.busy if one.busy < 1.0 else 1.0 for one in counted]) / len(counted)
+    wait_ms = _lower_median([one.queue_wait_ms for one in counted])
     idle = len(counted) == load.running and all(
         one.rows_per_s < IDLE_ROWS_PER_S and not one.queued_rows for one in counted
     )
@@ -154,7 +150,7 @@ def decide(load: GroupLoad, targets: ScalingSection, bounds: Bounds, memory: Mem
     if bounded != replicas:
         why += f"; bounds {bounds.min_replicas} to {bounds.max_replicas}"
     if bounded != load.target:
-        memory = replace(memory, stepped_at=load.now)
+        memory = memory._replace(stepped_at=load.now)
     return Decision(bounded, asked, why, busy, wait_ms, len(counted)), memory
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -34,7 +33,7 @@ bounds = some.tuples(some.integers(0, 20), some.integers(1, 40)).map(lambda b: B
 
 
 def busy(share: float, **more: float) -> ReplicaLoad:
-    return replace(ReplicaLoad("r", 0.5, share, 0.0, 100.0 * share, 0.0), **more)
+    return ReplicaLoad("r", 0.5, share, 0.0, 100.0 * share, 0.0)._replace(**more)
 
 
 def group(
@@ -80,9 +79,9 @@ def test_rows_that_wait_ask_for_more_where_there_is_work() -> None:
 
 def test_a_wait_from_before_a_replica_joined_asks_for_no_more() -> None:
     load = group(*[busy(0.6, queue_wait_ms=1000.0)] * 2)
-    assert decide(load, AT_ONCE, WIDE, replace(settled(load), joined_at=load.now - 2))[0].asked == 2
-    assert decide(load, AT_ONCE, WIDE, replace(settled(load), joined_at=load.now - 7))[0].asked == 4
-    assert decide(load, AT_ONCE, WIDE, replace(settled(load), ran=((load.now, 1),)))[0].asked == 2, "it joined just now"
+    assert decide(load, AT_ONCE, WIDE, settled(load)._replace(joined_at=load.now - 2))[0].asked == 2
+    assert decide(load, AT_ONCE, WIDE, settled(load)._replace(joined_at=load.now - 7))[0].asked == 4
+    assert decide(load, AT_ONCE, WIDE, settled(load)._replace(ran=((load.now, 1),)))[0].asked == 2, "it joined just now"
 
 
 @pytest.mark.parametrize("away_s", [1, 3, 6])
@@ -164,7 +163,7 @@ def test_a_group_sleeps_after_long_enough_without_a_row_and_wakes_for_one() -> N
     asleep = GroupLoad(200.0, 0, 0, ())
     decision, memory = decide(asleep, wanted, may_sleep, memory)
     assert (decision.replicas, decision.reason) == (0, "asleep")
-    decision, memory = decide(replace(asleep, wanted=True), wanted, may_sleep, memory)
+    decision, memory = decide(asleep._replace(wanted=True), wanted, may_sleep, memory)
     assert decision.replicas == 1
     decision, memory = decide(GroupLoad(230.0, 0, 1, ()), wanted, may_sleep, memory)
     assert decision.replicas == 1 and not decision.blind
@@ -176,11 +175,11 @@ def test_a_group_sleeps_after_long_enough_without_a_row_and_wakes_for_one() -> N
 def test_a_group_of_which_not_all_is_known_to_be_idle_does_not_sleep(broken: str) -> None:
     idle = busy(0.0, rows_per_s=0.0)
     load = {
-        "queued": group(idle, replace(idle, queued_rows=1.0)),
+        "queued": group(idle, idle._replace(queued_rows=1.0)),
         "silent": group(idle, running=2),
-        "stale": group(idle, replace(idle, age_s=99.0)),
+        "stale": group(idle, idle._replace(age_s=99.0)),
     }[broken]
-    memory = replace(settled(load), last_row_at=0.0)
+    memory = settled(load)._replace(last_row_at=0.0)
     assert decide(load, AT_ONCE, Bounds(0, 4), memory)[0].replicas >= 1
     assert decide(group(idle, idle), AT_ONCE, Bounds(0, 4), memory)[0].replicas == 0
 
@@ -243,8 +242,7 @@ def test_more_load_never_asks_for_fewer(
     honest: list[ReplicaLoad], targets: ScalingSection, which: some.DataObject
 ) -> None:
     number = which.draw(some.integers(0, len(honest) - 1))
-    more = replace(
-        honest[number],
+    more = honest[number]._replace(
         busy=which.draw(some.floats(honest[number].busy, 1)),
         queue_wait_ms=which.draw(some.floats(honest[number].queue_wait_ms, 1000)),
     )
@@ -257,9 +255,9 @@ def test_more_load_never_asks_for_fewer(
 def test_one_liar_moves_the_result_by_its_own_share(calm: list[float], lie: ReplicaLoad, target: float) -> None:
     """What it says of its busy share counts as one replica's, what it says of waiting does not count at all."""
     wanted = ScalingSection(target_busy=target, up_after_s=0, down_after_s=0, max_up_factor=100, max_down_step=1000)
-    told = replace(lie, rows_per_s=1.0)
+    told = lie._replace(rows_per_s=1.0)
     true = [busy(share, rows_per_s=1.0) for share in calm]
-    asked = [first(group(*true, replace(told, busy=share, queue_wait_ms=0.0)), wanted).asked for share in (0.0, 1.0)]
+    asked = [first(group(*true, told._replace(busy=share, queue_wait_ms=0.0)), wanted).asked for share in (0.0, 1.0)]
     found = first(group(*true, told), wanted).asked
     assert asked[0] <= found <= asked[1]
     assert asked[1] - asked[0] <= 1 / (target * (1 - BAND)) + BAND * (len(calm) + 1) + 1
@@ -267,7 +265,7 @@ def test_one_liar_moves_the_result_by_its_own_share(calm: list[float], lie: Repl
 
 @given(reports=some.lists(reports, max_size=6), target=some.integers(1, 30))
 def test_without_a_report_that_counts_nothing_changes(reports: list[ReplicaLoad], target: int) -> None:
-    silent = [replace(one, age_s=1e9) for one in reports]
+    silent = [one._replace(age_s=1e9) for one in reports]
     load = GroupLoad(1000.0, max(1, len(silent)), target, tuple(silent))
     assert first(load, within=Bounds(0, 30)).replicas == target
 
