@@ -25,7 +25,6 @@ from typing import Any
 from benchmarks.chaos import LEAD_S, READY_S, SETTLE_S, WORK, Chaos, Inflict, Phase, configure, say
 from benchmarks.streamed import make_artifact, wake_at_once
 from benchmarks.two_nodes import HEAD_RESOURCE, WORKER, TwoNodes, two_nodes
-from expertmesh.args import DIRECTORY_APPLICATION, DIRECTORY_DEPLOYMENT
 from expertmesh.cluster import launch, local_ray
 from expertmesh.cluster.record import Record
 from expertmesh.commands.up import progress
@@ -118,12 +117,10 @@ class RestartGcs(Chaos):
 
     def deploy(self, directory: dict[str, float], show: launch.Show) -> None:
         """As `up`, but for the ports of the head's proxies and the resources by which the directory finds its node."""
-        wanted = serve_config(self.config, self.plan.manifest)
+        section = self.config.directory.model_copy(update={"resources": directory})
+        wanted = serve_config(self.config.model_copy(update={"directory": section}), self.plan.manifest)
         for options, port in zip(("http_options", "grpc_options"), self.head_ports, strict=True):
             wanted[options]["port"] = port
-        placed = {"num_cpus": 0, "resources": directory}
-        application = next(one for one in wanted["applications"] if one["name"] == DIRECTORY_APPLICATION)
-        application["deployments"] = [{"name": DIRECTORY_DEPLOYMENT, "ray_actor_options": placed}]
         self.nodes.api.deploy(wanted)
         launch.wait_until_ready(self.plan, self.target, READY_S, show)
 

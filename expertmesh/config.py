@@ -167,6 +167,9 @@ class ServerSection(Section):
 
 class DirectorySection(Section):
     lease_ms: int = pydantic.Field(3000, ge=300, description="A replica silent for this long is forgotten.")
+    resources: Resources = pydantic.Field(
+        {}, description="Custom Ray resources of the directory, which name its nodes."
+    )
 
 
 class SecuritySection(Section):

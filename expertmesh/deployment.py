@@ -7,6 +7,7 @@ from typing import Any
 
 from expertmesh.args import (
     DIRECTORY_APPLICATION,
+    DIRECTORY_DEPLOYMENT,
     DIRECTORY_ROUTE_PREFIX,
     EXPERTS_DEPLOYMENT,
     ROUTER_APPLICATION,
@@ -74,7 +75,10 @@ def _application(name: str, import_path: str, args: dict[str, Any]) -> dict[str,
 def _directory_application(config: ClusterConfig) -> dict[str, Any]:
     args = DirectoryArgs(require_certificate=config.security.tls is not None).model_dump(exclude_defaults=True)
     application = _application(DIRECTORY_APPLICATION, "expertmesh.directory.app:build", args)
-    return application | {"route_prefix": DIRECTORY_ROUTE_PREFIX}
+    # it takes next to no CPU, and a replica of 0 CPUs may land on any node, so that resources alone say where
+    options = {"num_cpus": 0, "resources": config.directory.resources}
+    deployment = {"name": DIRECTORY_DEPLOYMENT, "ray_actor_options": options}
+    return application | {"route_prefix": DIRECTORY_ROUTE_PREFIX, "deployments": [deployment]}
 
 
 def _group_application(config: ClusterConfig, group: GroupSection, manifest: Manifest) -> dict[str, Any]:

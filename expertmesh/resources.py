@@ -50,16 +50,15 @@ def logical_cpus(config: ClusterConfig) -> int:
 
 
 def custom_resources(config: ClusterConfig) -> dict[str, float]:
-    """The custom Ray resources that engine and groups name, of which a local node gets more than any config asks."""
-    named = {*config.engine.resources, *(name for group in config.groups for name in group.resources)}
+    """The custom Ray resources that sections name, of which a local node gets more than any config asks."""
+    named = {name for resources in _named(config).values() for name in resources}
     return dict.fromkeys(sorted(named), PLENTY)
 
 
 def check_room(config: ClusterConfig, nodes: Sequence[NodeResources]) -> None:
     """Raises ConfigError that says what is short where the fewest replicas cannot all be placed on `nodes`."""
     wanted = demands(config)
-    asked = {"engine": config.engine.resources} | {f"group {one.name}": one.resources for one in config.groups}
-    for where, resources in asked.items():
+    for where, resources in _named(config).items():
         for name, amount in resources.items():
             if not any(node.get(name, 0.0) >= amount for node in nodes):
                 raise ConfigError(f"{where}: resources: no node of the cluster has {amount:g} {name}")
@@ -90,6 +89,15 @@ def out_of_reach(config: ClusterConfig, nodes: Sequence[NodeResources]) -> list[
                 f"room for {room}, and more replicas wait until nodes are added"
             )
     return lines
+
+
+def _named(config: ClusterConfig) -> dict[str, Mapping[str, float]]:
+    """Custom Ray resources by the section that names them."""
+    return {
+        "engine": config.engine.resources,
+        "directory": config.directory.resources,
+        **{f"group {one.name}": one.resources for one in config.groups},
+    }
 
 
 def _fit(node: NodeResources, each: Mapping[str, float]) -> int:

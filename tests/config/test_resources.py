@@ -57,9 +57,9 @@ def test_a_local_cluster_claims_enough_for_all_that_may_run() -> None:
 
 def test_a_local_cluster_claims_what_sections_name() -> None:
     group = {"name": "a", "experts": "0-7", "resources": {"pool": 1}}
-    wanted = config(group, engine={"resources": {"router": 0.5}})
+    wanted = config(group, engine={"resources": {"router": 0.5}}, directory={"resources": {"small": 0.001}})
     claimed = custom_resources(wanted)
-    assert set(claimed) == {"pool", "router"}
+    assert set(claimed) == {"pool", "router", "small"}
     check_room(wanted, [{"CPU": 9, **claimed}])
 
 

@@ -32,7 +32,7 @@ def test_values_hold_the_keys_of_cluster_config() -> None:
     values = defaults()["cluster"]
     assert set(values) | LEFT_OUT == set(ClusterConfig.model_fields)
     assert values["scaling"] == ScalingSection().model_dump()
-    assert values["directory"] == DirectorySection().model_dump()
+    assert values["directory"] == DirectorySection(resources={"router": 0.001}).model_dump()
     assert values["engine"] == EngineSection(resources={"router": 1}).model_dump()
 
 

@@ -125,7 +125,11 @@ GROUP = "cluster.groups[0]"
         ),
         ({"cluster.engine.min_replicas": "2"}, "cluster.engine: max_replicas 1 < min_replicas 2"),
         ({"cluster.engine.num_cpus": "3"}, "cluster.engine: takes 4 CPUs, a pod of pool router requests 3"),
-        ({"cluster.engine.resources.experts": "1"}, 'routers run in the pool router, not in "experts"'),
+        (
+            {"cluster.engine.resources.experts": "1"},
+            'cluster.engine.resources: it runs in the pool router, not in "experts"',
+        ),
+        ({"cluster.directory.resources.router": "null"}, "cluster.directory.resources: {router: 0.001} is missing"),
         ({"cluster.model.name": ""}, "cluster.model.name: the name of the model in the OpenAI API is missing"),
         ({"cluster.model.artifact": "/data/a"}, "cluster.model.artifact: /data/a is not on the model volume"),
         ({"cluster.server.grpc_port": "8000"}, "cluster.server: http_port and grpc_port are both 8000"),

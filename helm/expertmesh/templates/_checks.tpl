@@ -92,13 +92,16 @@
 {{- include "expertmesh.checkBounds" (list (printf "expertPools[%d]" $index) (int64 $pool.minReplicas) (int64 $pool.maxReplicas) "Replicas") -}}
 {{- end -}}
 {{- include "expertmesh.checkBounds" (list "router" (int64 .Values.router.minReplicas) (int64 .Values.router.maxReplicas) "Replicas") -}}
-{{- range $name, $amount := .Values.cluster.engine.resources -}}
+{{- range $section, $amount := dict "engine" "1" "directory" "0.001" -}}
+{{- $resources := (get $.Values.cluster $section).resources -}}
+{{- range $name, $_ := $resources -}}
 {{- if ne $name "router" -}}
-{{- fail (printf "cluster.engine.resources: routers run in the pool router, not in %q" $name) -}}
+{{- fail (printf "cluster.%s.resources: it runs in the pool router, not in %q" $section $name) -}}
 {{- end -}}
 {{- end -}}
-{{- if not (hasKey .Values.cluster.engine.resources "router") -}}
-{{- fail "cluster.engine.resources: {router: 1} is missing, by which routers find their pool" -}}
+{{- if not (hasKey $resources "router") -}}
+{{- fail (printf "cluster.%s.resources: {router: %s} is missing, by which it finds its pool" $section $amount) -}}
+{{- end -}}
 {{- end -}}
 {{- include "expertmesh.checkRoom" (list "cluster.engine" "router" .Values.cluster.engine .Values.router 1.0) -}}
 {{- end -}}

@@ -48,7 +48,8 @@
     "replica_ports": null
   },
   "directory": {
-    "lease_ms": 3000
+    "lease_ms": 3000,
+    "resources": {}
   },
   "emulated": {
     "overhead_us": 20.0

@@ -23,7 +23,9 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- if ne .Values.tls.mode "off" -}}
 {{- $_ := set $args "require_certificate" true -}}
 {{- end -}}
-{{- dict "name" "directory" "import_path" "expertmesh.directory.app:build" "route_prefix" "/-/directory" "args" $args | toJson -}}
+{{- $options := dict "num_cpus" 0 "resources" .Values.cluster.directory.resources -}}
+{{- dict "name" "directory" "import_path" "expertmesh.directory.app:build" "route_prefix" "/-/directory" "args" $args
+  "deployments" (list (dict "name" "Directory" "ray_actor_options" $options)) | toJson -}}
 {{- end -}}
 
 {{/* Takes (root, group). */}}
