@@ -9,10 +9,11 @@ import argparse
 import datetime
 import importlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,15 @@ NAMES = (
     "chaos",
     "restarts",
     "restart_gcs",
+    "partition_host",
     "planner",
     "simulation_error",
 )
 """Each is a module of this package with `run(cluster)`; what its figures are, its docstring says."""
 APART = ("loadtest_crosscheck",)
 """Not of `all`: it installs another project's program first."""
+SILENCE = "partition_host"
+"""The one whose length and number of faults can be told."""
 
 
 def main() -> None:
@@ -49,7 +53,7 @@ def main() -> None:
             result = run_all(given.only)
         else:
             where = environment()
-            figures = importlib.import_module(f"benchmarks.{given.name}").run(given.cluster)
+            figures = importlib.import_module(f"benchmarks.{given.name}").run(given.cluster, **given.more)
             result = figures | {"environment": where}
             print(json.dumps(result, indent=2))
     except ExpertMeshError as error:
@@ -90,7 +94,25 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--cluster", help="generate: a running cluster's name; default: the demo, started where it does not run"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--for", type=_positive(float), dest="for_s", metavar="S", help=f"{SILENCE}: seconds of silence"
+    )
+    parser.add_argument("--times", type=_positive(int), metavar="N", help=f"{SILENCE}: how often")
+    given = parser.parse_args()
+    given.more = {name: value for name in ("for_s", "times") if (value := getattr(given, name)) is not None}
+    if given.more and given.name != SILENCE:
+        parser.error(f"--for and --times are for {SILENCE}")
+    return given
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    return number
 
 
 if __name__ == "__main__":

@@ -24,11 +24,14 @@ from typing import Any
 
 from benchmarks.chaos import LEAD_S, READY_S, SETTLE_S, WORK, Chaos, Inflict, Phase, configure, say
 from benchmarks.streamed import make_artifact, wake_at_once
+<<<<<<< HEAD
 from benchmarks.two_nodes import HEAD_RESOURCE, WORKER, TwoNodes, two_nodes
+=======
+from benchmarks.two_nodes import HEAD_RESOURCE, WORKER, TwoNodes, place_directory, two_nodes
+>>>>>>> host
 from expertmesh.cluster import launch, local_ray
-from expertmesh.cluster.record import Record
 from expertmesh.commands.up import progress
-from expertmesh.deployment import directory_address, model_name, serve_config
+from expertmesh.deployment import serve_config
 from expertmesh.directory.client import list_table
 from expertmesh.errors import ClusterError
 from expertmesh.resources import logical_cpus
@@ -84,17 +87,7 @@ def run(cluster: str | None) -> dict[str, object]:
 def measure(plan: launch.Plan, storage: dict[str, str]) -> dict[str, Any]:
     server = plan.config.server
     with two_nodes(storage, logical_cpus(plan.config), (server.http_port, server.grpc_port), WORK) as nodes:
-        target = Record(
-            name=plan.config.name,
-            config=str(plan.path),
-            dashboard=nodes.head.dashboard,
-            http=f"http://{server.host}:{server.http_port}",
-            directory=directory_address(plan.config),
-            model=model_name(plan.config, plan.manifest),
-            marker=nodes.head.marker,
-            token=nodes.head.token,
-        )
-        made = RestartGcs(target, plan.config, plan=plan, nodes=nodes)
+        made = RestartGcs(nodes.record(plan), plan.config, plan=plan, nodes=nodes)
         with progress() as show:
             made.deploy(PLACES["worker"], show)
         at_once = wake_at_once()
@@ -121,6 +114,10 @@ class RestartGcs(Chaos):
         wanted = serve_config(self.config.model_copy(update={"directory": section}), self.plan.manifest)
         for options, port in zip(("http_options", "grpc_options"), self.head_ports, strict=True):
             wanted[options]["port"] = port
+<<<<<<< HEAD
+=======
+        place_directory(wanted, directory)
+>>>>>>> host
         self.nodes.api.deploy(wanted)
         launch.wait_until_ready(self.plan, self.target, READY_S, show)
 

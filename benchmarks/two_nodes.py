@@ -1,5 +1,5 @@
-"""A Ray of two nodes on this machine, as the chart makes one: a head without CPUs, whose GCS keeps Ray's state in a
-storage, and a worker on which the replicas run. Used by `restart_gcs`; written against Ray 2.60.
+"""A Ray of two nodes on this machine, a head and a worker, which may be on a host of its own. Used by `restart_gcs`,
+where the head has no CPUs and its GCS a storage, and by `partition_host`; written against Ray 2.60.
 
 `python -m benchmarks.two_nodes PARAMETERS` is the worker: `ray start` allows no second node on loopback.
 """
@@ -19,8 +19,12 @@ from typing import Any, cast
 
 import psutil
 
-from expertmesh.cluster import local_ray, processes
+from benchmarks.host import Host
+from expertmesh.args import DIRECTORY_APPLICATION, DIRECTORY_DEPLOYMENT
+from expertmesh.cluster import launch, local_ray, processes
+from expertmesh.cluster.record import Record
 from expertmesh.cluster.serve_api import ServeApi
+from expertmesh.deployment import directory_address, model_name
 from expertmesh.errors import ClusterError
 
 ROOT = Path(__file__).parents[1]
@@ -43,11 +47,39 @@ WORKER_PORTS = (
 )
 
 
+@dataclass(frozen=True)
+class Worker:
+    """What its command needs, so that it can be started again."""
+
+    num_cpus: int
+    ports: tuple[int, int]
+    """Of its proxies of Ray Serve: HTTP and gRPC."""
+    folder: Path
+    log: Path
+    resources: Mapping[str, float]
+    host: Host | None = None
+
+
 @dataclass
 class TwoNodes:
     head: local_ray.LocalRay
     environment: Mapping[str, str]
     """Of the head."""
+    worker: Worker
+
+    def record(self, plan: launch.Plan) -> Record:
+        """The cluster that the plan becomes here."""
+        server = plan.config.server
+        return Record(
+            name=plan.config.name,
+            config=str(plan.path),
+            dashboard=self.head.dashboard,
+            http=f"http://{server.host}:{server.http_port}",
+            directory=directory_address(plan.config),
+            model=model_name(plan.config, plan.manifest),
+            marker=self.head.marker,
+            token=self.head.token,
+        )
 
     @property
     def command(self) -> list[str]:
@@ -57,8 +89,11 @@ class TwoNodes:
     @property
     def gcs(self) -> str:
         """host:port."""
-        port = next(one for one in self.command if one.startswith("--port="))
-        return f"{local_ray.HOST}:{port.partition('=')[2]}"
+        host, port = (
+            next(one.removeprefix(name) for one in self.command if one.startswith(name))
+            for name in ("--node-ip-address=", "--port=")
+        )
+        return f"{host}:{port}"
 
     @property
     def api(self) -> ServeApi:
@@ -86,26 +121,37 @@ class TwoNodes:
             process = local_ray.spawn(self.command, self.environment, output, self.head.temp_dir)
         self.head = replace(self.head, process=process)
 
-    def start_worker(self, num_cpus: int, ports: tuple[int, int], folder: Path, log: Path) -> None:
+    def start_worker(self) -> None:
+        """With nothing of what one before it left."""
+        worker, folder = self.worker, self.worker.folder
+        shutil.rmtree(folder)
+        folder.mkdir()
         parameters: dict[str, Any] = dict(zip(WORKER_PORTS, local_ray.free_ports(len(WORKER_PORTS)), strict=True))
-        parameters |= {"gcs_address": self.gcs, "node_ip_address": local_ray.HOST}
+        address = worker.host.address if worker.host is not None else local_ray.HOST
+        parameters |= {"gcs_address": self.gcs, "node_ip_address": address}
         parameters |= {
-            "num_cpus": num_cpus,
-            "resources": {WORKER: 1000},
+            "num_cpus": worker.num_cpus,
+            "resources": {WORKER: 1000, **worker.resources},
             "object_store_memory": local_ray.OBJECT_STORE_BYTES,
         }
         parameters |= {"temp_dir": str(folder), "min_worker_port": 0, "max_worker_port": 0, "node_manager_port": 0}
         variables = {
             NODE: WORKER,
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(WAIT_FOR_GCS_S),
-            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(ports[0]),
-            "RAY_SERVE_WORKER_PROXY_GRPC_PORT": str(ports[1]),
+            "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(worker.ports[0]),
+            "RAY_SERVE_WORKER_PROXY_GRPC_PORT": str(worker.ports[1]),
         }
         inherited = {key: value for key, value in self.environment.items() if key not in HEADS_OWN}
         command = [sys.executable, "-m", "benchmarks.two_nodes", json.dumps(parameters)]
-        with log.open("wb") as output:
+        if worker.host is not None:
+            command = worker.host.command(command)
+        with worker.log.open("wb") as output:
             local_ray.spawn(command, inherited | variables, output, ROOT)
-        self.wait(lambda: any(node.get("CPU") for node in self.api.nodes()), "seen its worker")
+        self.wait(self.has_worker, "seen its worker")
+
+    def has_worker(self) -> bool:
+        """By what the head knows."""
+        return any(WORKER in node for node in self.api.nodes())
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
         """Raises ClusterError where the head has not done so."""
@@ -117,20 +163,39 @@ class TwoNodes:
 
 
 @contextmanager
-def two_nodes(storage: Mapping[str, str], num_cpus: int, ports: tuple[int, int], logs: Path) -> Iterator[TwoNodes]:
+def two_nodes(
+    storage: Mapping[str, str],
+    num_cpus: int,
+    ports: tuple[int, int],
+    logs: Path,
+    *,
+    head_cpus: int = 0,
+    resources: Mapping[str, float] | None = None,
+    host: Host | None = None,
+) -> Iterator[TwoNodes]:
     """Both ready, with `storage` in the head's environment; the worker has `num_cpus` CPUs, and its proxies of Ray
-    Serve listen at `ports`, HTTP and gRPC, whatever those of the head do. All ends with the block."""
-    head = local_ray.start(0, logs / "head.log", variables=storage)
-    folder = Path(tempfile.mkdtemp(prefix="em-"))
+    Serve listen at `ports`, HTTP and gRPC, whatever those of the head do. Each node has the custom `resources`. The
+    worker is on `host`, by default beside the head. All ends with the block."""
+    resources = dict(resources or {})
+    address = host.here if host is not None else local_ray.HOST
+    head = local_ray.start(head_cpus, logs / "head.log", resources, storage, address)
+    worker = Worker(num_cpus, ports, Path(tempfile.mkdtemp(prefix="em-")), logs / "worker.log", resources, host)
     try:
-        nodes = TwoNodes(head, psutil.Process(head.process.pid).environ())
+        nodes = TwoNodes(head, psutil.Process(head.process.pid).environ(), worker)
         local_ray.wait_until_up(head, START_S, lambda: None)
-        nodes.start_worker(num_cpus, ports, folder, logs / "worker.log")
+        nodes.start_worker()
         yield nodes
     finally:
         processes.end(head.marker, GRACE_S)
-        for one in (folder, head.temp_dir):
+        for one in (worker.folder, head.temp_dir):
             shutil.rmtree(one, ignore_errors=True)
+
+
+def place_directory(wanted: dict[str, Any], resources: Mapping[str, float]) -> None:
+    """Changes Ray Serve's config so that the directory runs where these are."""
+    application = next(one for one in wanted["applications"] if one["name"] == DIRECTORY_APPLICATION)
+    options = {"num_cpus": 0, "resources": dict(resources)}
+    application["deployments"] = [{"name": DIRECTORY_DEPLOYMENT, "ray_actor_options": options}]
 
 
 def _is_workers(process: psutil.Process) -> bool:

@@ -68,10 +68,10 @@ def running_dispatcher(
 
 
 @contextmanager
-def running_directory(tls: TlsFiles | None = None) -> Iterator[str]:
+def running_directory(tls: TlsFiles | None = None, host: str = "127.0.0.1") -> Iterator[str]:
     """Yields its host:port; with `tls` it asks for certificates."""
     thread = LoopThread("test-directory")
-    server, address = thread.run(start_directory("127.0.0.1", 0, tls=tls))
+    server, address = thread.run(start_directory(host, 0, tls=tls))
     try:
         yield address
     finally:

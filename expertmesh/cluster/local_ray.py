@@ -54,11 +54,12 @@ def start(
     log: Path,
     resources: Mapping[str, float] | None = None,
     variables: Mapping[str, str] | None = None,
+    address: str = HOST,
 ) -> LocalRay:
     """Starts `ray start --head --block`, which writes to `log`; use `wait_until_up` next.
 
     The node has `num_cpus` CPUs and the custom `resources`, whatever the machine has; all of its processes have
-    `variables` in their environment.
+    `variables` in their environment. Other nodes reach it at `address`, its dashboard stays on loopback.
     """
     ports = free_ports(len(PORT_OPTIONS) + len(PORT_VARIABLES))
     options = dict(zip(PORT_OPTIONS, ports, strict=False))
@@ -66,7 +67,8 @@ def start(
     token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"{option}={port}" for option, port in options.items()]
-    command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [f"--node-ip-address={address}", f"--dashboard-host={HOST}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={temp_dir}"]
     if resources:
         command.append(f"--resources={json.dumps(dict(resources))}")
