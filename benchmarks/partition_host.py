@@ -45,7 +45,7 @@ from benchmarks.chaos import (
 )
 from benchmarks.host import Host, made_host
 from benchmarks.streamed import make_artifact, wake_at_once
-from benchmarks.two_nodes import HEAD_RESOURCE, TwoNodes, place_directory, two_nodes
+from benchmarks.two_nodes import HEAD_RESOURCE, TwoNodes, two_nodes, with_directory_at
 from expertmesh.cluster import launch
 from expertmesh.commands.up import progress
 from expertmesh.config import ClusterConfig
@@ -115,9 +115,7 @@ class PartitionHost(Chaos):
 
     def deploy(self, show: launch.Show) -> None:
         """As `up`, but for the directory's place."""
-        wanted = serve_config(self.config, self.plan.manifest)
-        place_directory(wanted, ON_HEAD)
-        self.nodes.api.deploy(wanted)
+        self.nodes.api.deploy(serve_config(with_directory_at(self.config, ON_HEAD), self.plan.manifest))
         launch.wait_until_ready(self.plan, self.target, READY_S, show)
 
     async def cut_off(self, phase: Phase) -> None:

@@ -24,11 +24,7 @@ from typing import Any
 
 from benchmarks.chaos import LEAD_S, READY_S, SETTLE_S, WORK, Chaos, Inflict, Phase, configure, say
 from benchmarks.streamed import make_artifact, wake_at_once
-<<<<<<< HEAD
-from benchmarks.two_nodes import HEAD_RESOURCE, WORKER, TwoNodes, two_nodes
-=======
-from benchmarks.two_nodes import HEAD_RESOURCE, WORKER, TwoNodes, place_directory, two_nodes
->>>>>>> host
+from benchmarks.two_nodes import HEAD_RESOURCE, WORKER, TwoNodes, two_nodes, with_directory_at
 from expertmesh.cluster import launch, local_ray
 from expertmesh.commands.up import progress
 from expertmesh.deployment import serve_config
@@ -110,14 +106,9 @@ class RestartGcs(Chaos):
 
     def deploy(self, directory: dict[str, float], show: launch.Show) -> None:
         """As `up`, but for the ports of the head's proxies and the resources by which the directory finds its node."""
-        section = self.config.directory.model_copy(update={"resources": directory})
-        wanted = serve_config(self.config.model_copy(update={"directory": section}), self.plan.manifest)
+        wanted = serve_config(with_directory_at(self.config, directory), self.plan.manifest)
         for options, port in zip(("http_options", "grpc_options"), self.head_ports, strict=True):
             wanted[options]["port"] = port
-<<<<<<< HEAD
-=======
-        place_directory(wanted, directory)
->>>>>>> host
         self.nodes.api.deploy(wanted)
         launch.wait_until_ready(self.plan, self.target, READY_S, show)
 

@@ -20,10 +20,10 @@ from typing import Any, cast
 import psutil
 
 from benchmarks.host import Host
-from expertmesh.args import DIRECTORY_APPLICATION, DIRECTORY_DEPLOYMENT
 from expertmesh.cluster import launch, local_ray, processes
 from expertmesh.cluster.record import Record
 from expertmesh.cluster.serve_api import ServeApi
+from expertmesh.config import ClusterConfig
 from expertmesh.deployment import directory_address, model_name
 from expertmesh.errors import ClusterError
 
@@ -191,11 +191,10 @@ def two_nodes(
             shutil.rmtree(one, ignore_errors=True)
 
 
-def place_directory(wanted: dict[str, Any], resources: Mapping[str, float]) -> None:
-    """Changes Ray Serve's config so that the directory runs where these are."""
-    application = next(one for one in wanted["applications"] if one["name"] == DIRECTORY_APPLICATION)
-    options = {"num_cpus": 0, "resources": dict(resources)}
-    application["deployments"] = [{"name": DIRECTORY_DEPLOYMENT, "ray_actor_options": options}]
+def with_directory_at(config: ClusterConfig, resources: Mapping[str, float]) -> ClusterConfig:
+    """The same, with the directory where these resources are."""
+    section = config.directory.model_copy(update={"resources": dict(resources)})
+    return config.model_copy(update={"directory": section})
 
 
 def _is_workers(process: psutil.Process) -> bool:
