@@ -16,7 +16,7 @@ from expertmesh.experts import format_indices
 from expertmesh.v1 import expert_pb2 as pb
 from router_service.dispatch.choice import choose_replicas
 from router_service.dispatch.scatter import Pairs, ReplicaBatch, scatter, split
-from router_service.replicas import LiveReplicas
+from router_service.replicas import LiveReplicas, Reason
 from router_service.transport.base import Answer, Pending, Transport
 
 log = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class Recovery:
         self._counters.resent_rows += len(batch.rows)
         self._failed.add(batch.replica)
         if code not in GOING:
-            self._replicas.suspend(batch.replica, reason)
+            self._replicas.suspend(batch.replica, _reason(answer), reason)
 
     def _blame_the_late(self, ask: Ask, winner: Attempt) -> None:
         if not ask.hedged or winner is ask.attempts[0]:
@@ -245,7 +245,7 @@ class Recovery:
         self._counters.hedges_won += 1
         for batch, answer in zip(ask.attempts[0].batches, ask.attempts[0].answers, strict=True):
             if answer is None:
-                self._replicas.suspend(batch.replica, "did not answer in time, another replica did")
+                self._replicas.suspend(batch.replica, "late", "did not answer in time, another replica did")
 
     def _send_again(self, homeless: Iterable[Ask]) -> bool:
         """Sends their pairs to replicas that have not failed yet; False where not one pair has such a replica."""
@@ -348,6 +348,12 @@ def make_batches(replicas: LiveReplicas, pairs: Pairs, owners: dict[int, str]) -
         for batch in (scatter(pairs, owners) if owners else [])
         for part in split(batch, live[batch.replica].max_rows if batch.replica in live else len(batch.rows))
     ]
+
+
+def _reason(failure: Answer) -> Reason:
+    if failure.output is not None:
+        return "not_finite"
+    return "timeout" if failure.code == pb.CODE_DEADLINE_EXCEEDED else "error"
 
 
 def _join(pairs: Sequence[Pairs]) -> Pairs:

@@ -33,6 +33,11 @@ def register_model(fingerprint: str, connect: Callable[[], Dispatcher]) -> None:
     _dispatchers.pop(fingerprint, None)
 
 
+def dispatchers() -> list[Dispatcher]:
+    """Those of this process that have been used."""
+    return list(_dispatchers.values())
+
+
 def _dispatcher(model: str) -> Dispatcher:
     found = _dispatchers.get(model)
     if found is None:

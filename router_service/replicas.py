@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypedDict
 
 from expertmesh.experts import LayerExperts, format_indices
 from expertmesh.v1 import expert_pb2 as pb
@@ -15,6 +17,10 @@ from router_service.dispatch.choice import Candidate
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LAST_PAUSE_S, FORGIVEN_AFTER_S = 1.0, 30.0, 60.0
+
+Reason = Literal["late", "timeout", "not_finite", "error"]
+"""Another replica answered first · no answer at all · sums that are no numbers · an error, or sums of another shape or
+type."""
 
 
 def experts_by_layer(layers: Iterable[pb.LayerExperts]) -> LayerExperts:
@@ -54,6 +60,14 @@ class Suspension:
     pause_s: float
 
 
+class Suspensions(TypedDict):
+    """Per group, in types that any encoding has."""
+
+    now: dict[str, int]
+    """Replicas that are suspended; 0 for other groups that are live."""
+    since_start: dict[str, dict[Reason, int]]
+
+
 @dataclass
 class LiveReplicas:
     """Thread-safe. The transport's thread adds and removes; the engine's thread reads, waits and suspends."""
@@ -62,6 +76,8 @@ class LiveReplicas:
     _suspended: dict[str, Suspension] = field(default_factory=dict)
     _pauses: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Replica -> (how long it was suspended last, when that ended)."""
+    _suspensions: Counter[tuple[str, Reason]] = field(default_factory=Counter)
+    """(group, reason) -> how often."""
     _missing: dict[tuple[int, int], float] = field(default_factory=dict)
     """(layer, expert) that rows wait for -> since when."""
     _left_out: frozenset[tuple[int, int]] = frozenset()
@@ -86,7 +102,7 @@ class LiveReplicas:
             self._suspended.pop(replica_id, None)
             self._change({key: value for key, value in self._by_id.items() if key != replica_id})
 
-    def suspend(self, replica_id: str, reason: str) -> bool:
+    def suspend(self, replica_id: str, reason: Reason, message: str) -> bool:
         """Gives it no more rows until `resume`, unless it is the only one to serve some expert; whether it did.
 
         Its pause is FIRST_PAUSE_S, and twice the last one where it was suspended shortly before.
@@ -101,8 +117,9 @@ class LiveReplicas:
             again = now - ended_at < FORGIVEN_AFTER_S
             pause_s = min(LAST_PAUSE_S, 2 * last_s) if again and last_s else FIRST_PAUSE_S
             self._suspended[replica_id] = Suspension(replica, now + pause_s, pause_s)
+            self._suspensions[replica.group, reason] += 1
             self._change(rest)
-        log.warning("replica %s gets no rows for %.0f s: %s", replica_id, pause_s, reason)
+        log.warning("replica %s gets no rows for %.0f s: %s", replica_id, pause_s, message)
         return True
 
     def resume(self, replica_id: str) -> None:
@@ -117,6 +134,15 @@ class LiveReplicas:
 
     def suspended(self) -> Mapping[str, Suspension]:
         return dict(self._suspended)
+
+    def suspensions(self) -> Suspensions:
+        with self._changed:
+            resting = Counter(one.replica.group for one in self._suspended.values())
+            groups = {one.group for one in self._by_id.values()} | resting.keys()
+            since_start: dict[str, dict[Reason, int]] = {}
+            for (group, reason), count in self._suspensions.items():
+                since_start.setdefault(group, {})[reason] = count
+        return {"now": {group: resting[group] for group in groups}, "since_start": since_start}
 
     def postpone(self, replica_id: str) -> None:
         """A suspended replica did not answer a probe."""

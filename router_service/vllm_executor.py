@@ -11,11 +11,19 @@ from typing import Any
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from router_service import losses
+from router_service.metrics import SUSPENSIONS
+from router_service.remote_op import dispatchers
 from router_service.vllm_scheduler import LACKING_ROWS
 
 
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
     """The same; vLLM leaves classes given by name alone."""
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """Answers the front end, which asks by this way what the engine's process alone knows."""
+        if method == SUSPENSIONS:
+            return [one.replicas.suspensions() for one in dispatchers()]
+        return super().collective_rpc(method, *args, **kwargs)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Tells the scheduler which rows of the step were lost or degraded."""

@@ -6,13 +6,17 @@ that lost rows fails their requests alone, one that went on without an expert ma
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.exceptions import RetryableRequestError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from router_service.degraded_mark import marked, watch
+from router_service.metrics import SuspensionMetrics, follow_suspensions
 from router_service.vllm_executor import InProcessExecutor
 from router_service.vllm_scheduler import SparingAsyncScheduler, SparingScheduler
 
@@ -33,9 +37,18 @@ class InProcessEngine(VLLMEngine):  # type: ignore[misc]
     async def start(self) -> None:
         await super().start()
         watch(self._engine_client.output_processor)
+        self._follower = asyncio.create_task(self._follow())
         for serving in (self._oai_serving_chat, self._oai_serving_completion):
             if serving is not None:
                 serving._raise_if_error = raise_if_error
+
+    async def shutdown(self) -> None:
+        self._follower.cancel()
+        await super().shutdown()
+
+    async def _follow(self) -> None:
+        with contextlib.suppress(EngineDeadError):  # Ray Serve's health check sees to that
+            await follow_suspensions(self._engine_client.collective_rpc, SuspensionMetrics())
 
     async def chat(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         async for response in marked(super().chat(*args, **kwargs)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from expertmesh.directory.metrics import DIRECTORY_METRICS
 from expertmesh.v1 import directory_pb2 as pb
 from expertmesh.v1 import directory_pb2_grpc
 from loadtest.sampling import ray_pages
+from router_service.metrics import SUSPENDED_REPLICAS, SUSPENSIONS_TOTAL
 
 pytestmark = pytest.mark.cluster
 PATIENCE_S = 120.0
@@ -121,17 +123,25 @@ def test_an_application_without_a_replica_is_woken(second: SecondDirectory) -> N
 
 
 def test_prometheus_gets_every_metric(cluster: Cluster, second: SecondDirectory) -> None:
-    generate(cluster)
+    with ThreadPoolExecutor(1) as pool:
+        corrupt = pool.submit(cluster.run, "fault", "corrupt", "b", "--for", "8", "--what", "nan")
+        while not corrupt.done():
+            generate(cluster)
+    assert corrupt.result().returncode == 0, corrupt.result().stderr
     second.call("ReportDecision", pb.ScalingDecision(group="a", target=1))
     path = Path(cluster.environment["XDG_STATE_HOME"]) / "expertmesh" / "tests" / "cluster.json"
     pages = ray_pages(Record.model_validate_json(path.read_bytes()))
-    wanted = {f"ray_{one.name}" for one in (*REPLICA_METRICS, *DIRECTORY_METRICS)}
+    wanted = {
+        f"ray_{one.name}" for one in (*REPLICA_METRICS, SUSPENDED_REPLICAS, SUSPENSIONS_TOTAL, *DIRECTORY_METRICS)
+    }
     deadline, lines = time.monotonic() + PATIENCE_S, [""]
     with httpx.Client(timeout=10, trust_env=False) as client:
         while missing := wanted - {line.partition("{")[0] for line in lines}:
             assert time.monotonic() < deadline, missing
             time.sleep(1)
             lines = [line for page in pages for line in client.get(f"http://{page}/metrics").text.splitlines()]
+    (suspensions,) = (line for line in lines if line.startswith("ray_expertmesh_router_suspensions_total{"))
+    assert 'group="b"' in suspensions and 'reason="not_finite"' in suspensions and float(suspensions.split()[-1]) >= 1
     waits = [line for line in lines if line.startswith("ray_expertmesh_replica_queue_wait_seconds{")]
     for replica in list_table(cluster.directory).replicas:
         assert sum(f'replica="{replica.replica_id}"' in line for line in waits) == 2

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from expert_service.metrics import REPLICA_METRICS, ReplicaMetrics
 from expertmesh.directory.metrics import DIRECTORY_METRICS, HOTTEST, DirectoryMetrics
 from expertmesh.metrics import Exporter, Metric
 from expertmesh.v1 import directory_pb2 as pb
 from expertmesh.v1 import expert_pb2
-from router_service.metrics import ROUTER_METRICS
+from router_service.metrics import ROUTER_METRICS, SUSPENSIONS, SuspensionMetrics, follow_suspensions
+from router_service.replicas import LiveReplica, LiveReplicas, Suspensions
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 READY = expert_pb2.REPLICA_STATE_READY
@@ -85,3 +89,43 @@ def test_the_directorys_figures_are_few_and_go_to_zero() -> None:
     assert kept.values["expertmesh_hot_expert_rows_per_second", "1"] == 0
     assert kept.values["expertmesh_group_replicas", "g", "ready"] == 0
     assert kept.values["expertmesh_autoscaler_stalled", "g"] == 0
+
+
+def test_a_routers_figures_go_to_zero_and_are_renewed_while_its_engine_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live, kept = LiveReplicas(), Kept()
+    live.add(LiveReplica("a", "g", {0: frozenset({0})}, 100))
+    live.add(LiveReplica("b", "h", {0: frozenset({0})}, 100))
+    answers: list[Suspensions] = []
+    for change in (
+        lambda: live.suspend("a", "late", ""),
+        lambda: live.resume("a"),
+        lambda: live.suspend("a", "error", ""),
+    ):
+        change()
+        answers.append(live.suspensions())
+    live.remove("a")
+    answers.append(live.suspensions())
+    resting, seen = [1, 0, 1, 0], list[float]()
+
+    async def ask(what: str) -> list[Suspensions]:
+        assert what == SUSPENSIONS
+        if len(seen) == len(answers):
+            kept.values.pop(("expertmesh_router_suspended_replicas", "g"))
+            while ("expertmesh_router_suspended_replicas", "g") not in kept.values:
+                await asyncio.sleep(0)
+            raise EOFError
+        seen.append(kept.values.get(("expertmesh_router_suspended_replicas", "g"), -1))
+        return [answers[len(seen) - 1]]
+
+    monkeypatch.setattr("router_service.metrics.EVERY_S", 0.001)
+    with pytest.raises(EOFError):
+        asyncio.run(follow_suspensions(ask, SuspensionMetrics(kept)))
+    assert seen == [-1, *resting[:-1]]
+    assert kept.values == {
+        ("expertmesh_router_suspended_replicas", "g"): 0,
+        ("expertmesh_router_suspended_replicas", "h"): 0,
+        ("expertmesh_router_suspensions_total", "g", "late"): 1,
+        ("expertmesh_router_suspensions_total", "g", "error"): 1,
+    }

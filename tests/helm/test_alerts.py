@@ -37,7 +37,7 @@ def rules(tmp_path: Path) -> Path:
 
 
 def test_rules_are_well_formed(rules: Path) -> None:
-    assert "7 rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", rules)
+    assert "8 rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", rules)
 
 
 def test_alerts_fire_when_they_should(rules: Path) -> None:

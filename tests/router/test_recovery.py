@@ -24,13 +24,16 @@ EVERY = set(range(EXPERTS))
 
 
 @contextlib.contextmanager
-def dispatching(transport: str, *replicas: ScriptedReplica, wait_s: float = 20.0) -> Iterator[Dispatcher]:
+def dispatching(
+    transport: str, *replicas: ScriptedReplica, wait_s: float = 20.0, timeout_s: float = 30.0
+) -> Iterator[Dispatcher]:
     live = LiveReplicas()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(running_directory())
         for replica in replicas:
             stack.enter_context(replica.running(directory))
-        settings = RouterSettings.model_validate({"directory": directory, "transport": transport})
+        given = {"directory": directory, "transport": transport, "dispatch_timeout_s": timeout_s}
+        settings = RouterSettings.model_validate(given)
         opened = open_transport(settings, FINGERPRINT, live)
         stack.callback(opened.close)
         until(lambda: len(live.snapshot()) == len(replicas))
@@ -77,6 +80,7 @@ def test_a_replica_that_hangs_is_not_waited_for_and_comes_back(transport: str) -
             check(made, seed)
         assert made.counters.hedged == made.counters.hedges_won == 1  # suspended by the first, so no other was late
         assert set(made.replicas.suspended()) == {"a"} or "a" in made.replicas.snapshot()  # Describe still answers
+        assert made.replicas.suspensions()["since_start"] == {"g": {"late": 1}}
         hanging.running.set()
         until(lambda: set(made.replicas.snapshot()) == {"a", "b"})
         check(made)
@@ -92,6 +96,19 @@ def test_the_only_replica_of_an_expert_is_waited_for(transport: str) -> None:
         threading.Timer(0.5, hanging.running.set).start()
         check(made)
         assert made.counters.hedged == 0 and not made.replicas.suspended()
+        assert made.replicas.suspensions() == {"now": {"g": 0}, "since_start": {}}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_does_not_answer_at_all_is_suspended_for_it_where_nobody_else_may_be_asked(transport: str) -> None:
+    hanging = Hanging()
+    with dispatching(transport, ScriptedReplica("a", EVERY, hanging), ScriptedReplica("b", EVERY), timeout_s=1) as made:
+        check(made)
+        object.__setattr__(made, "_budget", HedgeBudget(share=0.0, _tokens=0.0))
+        hanging.running.clear()
+        until(lambda: check(made) or made.counters.resent_rows)
+        assert made.replicas.suspensions()["since_start"] == {"g": {"timeout": 1}}
+        hanging.running.set()
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -127,13 +144,16 @@ def too_few_rows(request: pb.DispatchRequest) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("corrupt", [not_a_number, another_type, too_few_rows])
-def test_a_corrupt_answer_is_a_failure_and_its_replica_rests(transport: str, corrupt: Script) -> None:
+@pytest.mark.parametrize(
+    ("corrupt", "reason"), [(not_a_number, "not_finite"), (another_type, "error"), (too_few_rows, "error")]
+)
+def test_a_corrupt_answer_is_a_failure_and_its_replica_rests(transport: str, corrupt: Script, reason: str) -> None:
     with dispatching(transport, ScriptedReplica("a", EVERY, corrupt), ScriptedReplica("b", EVERY)) as made:
         for seed in range(4):
             check(made, seed)
         assert made.counters.resent_rows > 0
         assert set(made.replicas.suspended()) == {"a"}
+        assert made.replicas.suspensions() == {"now": {"g": 1}, "since_start": {"g": {reason: 1}}}
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -166,10 +186,10 @@ def test_the_last_replica_of_an_expert_is_never_suspended() -> None:
     live = LiveReplicas()
     live.add(LiveReplica("a", "g", {0: frozenset({0, 1})}, 10))
     live.add(LiveReplica("b", "h", {0: frozenset({1, 2})}, 10))
-    assert not live.suspend("a", "late") and set(live.snapshot()) == {"a", "b"}
+    assert not live.suspend("a", "late", "") and set(live.snapshot()) == {"a", "b"}
     live.add(LiveReplica("c", "g", {0: frozenset({0, 1})}, 10))
-    assert live.suspend("a", "late") and set(live.snapshot()) == {"b", "c"}
-    assert not live.suspend("c", "late")
+    assert live.suspend("a", "late", "") and set(live.snapshot()) == {"b", "c"}
+    assert not live.suspend("c", "late", "")
     live.resume("a")
     assert set(live.snapshot()) == {"a", "b", "c"}
 
@@ -180,7 +200,7 @@ def test_who_is_suspended_again_rests_longer() -> None:
         live.add(LiveReplica(name, "g", {0: frozenset({0})}, 10))
     pauses = []
     for _ in range(7):
-        live.suspend("a", "late")
+        live.suspend("a", "late", "")
         pauses.append(live.suspended()["a"].pause_s)
         live.resume("a")
     assert pauses == [1, 2, 4, 8, 16, 30, 30]

@@ -69,6 +69,16 @@ EXPERTS = (
         "s",
     ),
     Panel(
+        "Replicas that a router gives no rows",
+        "max by (group) (ray_expertmesh_router_suspended_replicas{OF})",
+        "{{group}}",
+    ),
+    Panel(
+        "Suspensions by routers, per minute",
+        "60 * sum by (group, reason) (rate(ray_expertmesh_router_suspensions_total{OF}[5m]))",
+        "{{group}} {{reason}}",
+    ),
+    Panel(
         "Busy share of each replica", "ray_expertmesh_replica_busy_ratio{OF}", "{{group}} {{replica}}", "percentunit"
     ),
 )
