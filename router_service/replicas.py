@@ -84,9 +84,15 @@ class LiveReplicas:
             self._change({**self._by_id, replica.replica_id: replica})
 
     def remove(self, replica_id: str) -> None:
+        """Those that rest get rows again where they are now the only ones to serve some expert; a silent one does not,
+        since rows would but wait for it."""
         with self._changed:
             self._suspended.pop(replica_id, None)
-            self._change({key: value for key, value in self._by_id.items() if key != replica_id})
+            rest = {key: value for key, value in self._by_id.items() if key != replica_id}
+            for key, one in tuple(self._suspended.items()):
+                if not one.silent and not _covered(one.replica, rest.values()):
+                    rest[key] = self._suspended.pop(key).replica
+            self._change(rest)
 
     def suspend(self, replica_id: str, reason: str) -> bool:
         """Gives it no more rows until `resume`, unless it is the only one to serve some expert; whether it did.

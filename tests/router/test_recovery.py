@@ -174,6 +174,16 @@ def test_the_last_replica_of_an_expert_is_never_suspended() -> None:
     assert set(live.snapshot()) == {"a", "b", "c"}
 
 
+def test_who_rests_gets_rows_again_where_it_is_the_last_one_left() -> None:
+    live = LiveReplicas()
+    for name in ("a", "b", "c"):
+        live.add(LiveReplica(name, "g", {0: frozenset({0})}, 10))
+    live.note_silence("a")
+    assert live.suspend("b", "late")
+    live.remove("c")
+    assert set(live.snapshot()) == {"b"} and set(live.suspended()) == {"a"}
+
+
 def test_who_is_silent_gets_rows_at_its_first_answer_and_no_probe_ends_another_rest() -> None:
     live = LiveReplicas()
     for name in ("a", "b", "c"):
