@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -118,11 +119,17 @@ def serve_replica(given: argparse.Namespace) -> None:
 
     class Echo(Executor):
         def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+            if given.us_per_row:
+                time.sleep(1e-6 * given.us_per_row * len(hidden_states))
             return hidden_states.float()
 
     torch.set_num_threads(1)
     args = GroupArgs(
-        artifact=given.artifact, group=f"g{given.number}", experts=experts_of(given.number), transport=given.transport
+        artifact=given.artifact,
+        group=f"g{given.number}",
+        experts=experts_of(given.number),
+        transport=given.transport,
+        max_queued_rows=given.max_queued_rows,
     )
     replica = Replica(args, given.directory, executor=Echo())
     print(replica.address, flush=True)
@@ -140,6 +147,8 @@ def main() -> None:
     replica.add_argument("--number", type=int, required=True)
     replica.add_argument("--directory", required=True)
     replica.add_argument("--transport", default="auto")
+    replica.add_argument("--us-per-row", type=float, default=0)
+    replica.add_argument("--max-queued-rows", type=int, default=65536)
     given = parser.parse_args()
     if given.role == "tcp":
         listen_tcp()

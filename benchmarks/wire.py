@@ -94,9 +94,9 @@ def directory() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def replicas(artifact: Path, directory: str, count: int, transport: str) -> Iterator[list[str]]:
+def replicas(artifact: Path, directory: str, count: int, transport: str, *options: str) -> Iterator[list[str]]:
     """Processes with echoing experts; yields their addresses. The first n share layer `layer_of(n)`."""
-    shared = [f"--artifact={artifact}", f"--directory={directory}", f"--transport={transport}"]
+    shared = [f"--artifact={artifact}", f"--directory={directory}", f"--transport={transport}", *options]
     with peers("replica", [[*shared, f"--number={number}"] for number in range(count)]) as addresses:
         yield addresses
 

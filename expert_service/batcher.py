@@ -1,9 +1,10 @@
-"""Who waits, and what forms a batch: everything that waits for one layer, from whatever stream it came."""
+"""Who waits, and what forms a batch: what waits for one layer, from whatever stream it came, in fair turns."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,7 @@ from typing import Protocol
 import torch
 
 from expert_service.executor import Pairs
+from expert_service.turns import Turns, may_wait
 from expertmesh.v1 import expert_pb2 as pb
 
 
@@ -60,18 +62,25 @@ class Batch:
         return sum(job.rows for job in self.jobs)
 
 
+Waiting = tuple[int, int, Job]
+"""Its turn, its number in the order of arrival, the job."""
+
+
 class Batcher:
     """One queue per layer. Any thread submits; the executor's thread takes.
 
-    `max_queued_rows` bounds the rows that wait, over all layers; `max_batch_rows` those of one batch, which holds at
-    least one job however large that is.
+    `max_queued_rows` bounds the rows that wait, over all layers, as `may_wait` says; `max_batch_rows` those of one
+    batch, which holds at least one job however large that is.
     """
 
     def __init__(self, max_queued_rows: int, max_batch_rows: int) -> None:
         self.max_queued_rows = max_queued_rows
         self.queued_rows = 0
         self._max_batch_rows = max_batch_rows
-        self._queues: dict[int, deque[Job]] = {}
+        self._queues: dict[int, list[Waiting]] = {}
+        """Layer -> a heap."""
+        self._turns = Turns()
+        self._numbers = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
 
@@ -80,31 +89,36 @@ class Batcher:
         with self._changed:
             if self._closed:
                 return pb.CODE_UNAVAILABLE
-            if self.queued_rows + job.rows > self.max_queued_rows:
+            turns, caller = self._turns, job.caller
+            own_rows, callers = turns.rows_of(caller), turns.callers_with(caller)
+            if not may_wait(job.rows, own_rows, callers, self.queued_rows, self.max_queued_rows):
                 return pb.CODE_RESOURCE_EXHAUSTED
             self.queued_rows += job.rows
-            self._queues.setdefault(job.layer, deque()).append(job)
+            waiting = turns.join(caller, job.rows), next(self._numbers), job
+            heapq.heappush(self._queues.setdefault(job.layer, []), waiting)
             self._changed.notify()
             return pb.CODE_OK
 
     def take(self, clock: Callable[[], float]) -> Batch | None:
-        """The next batch: of the layer whose first job has waited longest, in order of arrival. Waits for one; None
+        """The next batch: of the layer whose first job has the least turn, in the order of turns. Waits for one; None
         once closed and empty. Jobs of streams that are gone are dropped."""
         with self._changed:
             while not self._queues and not self._closed:
                 self._changed.wait()
             if not self._queues:
                 return None
-            layer = min(self._queues, key=lambda layer: self._queues[layer][0].arrived_at)
+            layer = min(self._queues, key=lambda layer: self._queues[layer][0][:2])
             return self._form(layer, clock())
 
     def _form(self, layer: int, now: float) -> Batch:
         queue = self._queues[layer]
+        turn = queue[0][0]
         batch = Batch(layer, [], [])
         rows = 0
-        while queue and (rows == 0 or rows + queue[0].rows <= self._max_batch_rows):
-            job = queue.popleft()
+        while queue and (rows == 0 or rows + queue[0][2].rows <= self._max_batch_rows):
+            job = heapq.heappop(queue)[2]
             self.queued_rows -= job.rows
+            self._turns.leave(job.caller, job.rows)
             if job.caller.gone:
                 continue
             if now > job.deadline:
@@ -114,12 +128,13 @@ class Batcher:
             rows += job.rows
         if not queue:
             del self._queues[layer]
+        self._turns.advance(turn if self._queues else None)
         return batch
 
     def oldest(self) -> float | None:
         """When the job came that has waited longest; None where nothing waits."""
         with self._changed:
-            return min((queue[0].arrived_at for queue in self._queues.values()), default=None)
+            return min((job.arrived_at for queue in self._queues.values() for _, _, job in queue), default=None)
 
     def close(self) -> None:
         """Nothing more is accepted; what waits is still taken."""

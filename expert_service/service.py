@@ -131,7 +131,7 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         if code == pb.CODE_OK:
             stream.open(job.rows)
         elif code == pb.CODE_RESOURCE_EXHAUSTED:
-            waiting = f"{self._batcher.queued_rows} of at most {self._batcher.max_queued_rows} rows wait"
+            waiting = f"{self._batcher.queued_rows} rows wait in a queue for {self._batcher.max_queued_rows}"
             self._refuse(stream, request.id, code, f"no room for {job.rows} rows: {waiting}")
         else:
             self._refuse(stream, request.id, code, f"replica {self._offered.replica_id} is stopping")

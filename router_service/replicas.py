@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LAST_PAUSE_S, FORGIVEN_AFTER_S = 1.0, 30.0, 60.0
 
-Reason = Literal["late", "timeout", "not_finite", "error"]
+Reason = Literal["late", "silent", "timeout", "not_finite", "error"]
 """Another replica answered first · no answer at all · sums that are no numbers · an error, or sums of another shape or
 type."""
 
@@ -58,6 +58,8 @@ class Suspension:
     probe_at: float
     """When to try whether it answers again; seconds of the monotonic clock."""
     pause_s: float
+    silent: bool = False
+    """It answered nothing at all: `note_answer` ends it, and no probe is needed."""
 
 
 class Suspensions(TypedDict):
@@ -98,9 +100,15 @@ class LiveReplicas:
             self._change({**self._by_id, replica.replica_id: replica})
 
     def remove(self, replica_id: str) -> None:
+        """Those that rest get rows again where they are now the only ones to serve some expert; a silent one does not,
+        since rows would but wait for it."""
         with self._changed:
             self._suspended.pop(replica_id, None)
-            self._change({key: value for key, value in self._by_id.items() if key != replica_id})
+            rest = {key: value for key, value in self._by_id.items() if key != replica_id}
+            for key, one in tuple(self._suspended.items()):
+                if not one.silent and not _covered(one.replica, rest.values()):
+                    rest[key] = self._suspended.pop(key).replica
+            self._change(rest)
 
     def suspend(self, replica_id: str, reason: Reason, message: str) -> bool:
         """Gives it no more rows until `resume`, unless it is the only one to serve some expert; whether it did.
@@ -108,18 +116,36 @@ class LiveReplicas:
         Its pause is FIRST_PAUSE_S, and twice the last one where it was suspended shortly before.
         """
         with self._changed:
-            replica = self._by_id.get(replica_id)
-            rest = {key: value for key, value in self._by_id.items() if key != replica_id}
-            if replica is None or not _covered(replica, rest.values()):
-                return False
             now = time.monotonic()
             last_s, ended_at = self._pauses.get(replica_id, (0.0, float("-inf")))
             again = now - ended_at < FORGIVEN_AFTER_S
             pause_s = min(LAST_PAUSE_S, 2 * last_s) if again and last_s else FIRST_PAUSE_S
-            self._suspended[replica_id] = Suspension(replica, now + pause_s, pause_s)
-            self._suspensions[replica.group, reason] += 1
-            self._change(rest)
+            if not self._set_aside(replica_id, reason, now + pause_s, pause_s):
+                return False
         log.warning("replica %s gets no rows for %.0f s: %s", replica_id, pause_s, message)
+        return True
+
+    def note_silence(self, replica_id: str) -> None:
+        """Gives it no rows until it answers anything, unless it is the only one to serve some expert."""
+        with self._changed:
+            if not self._set_aside(replica_id, "silent", float("inf"), 0.0):
+                return
+        log.warning("replica %s is silent and gets no rows until it answers", replica_id)
+
+    def note_answer(self, replica_id: str) -> None:
+        """A replica answered: one that was silent gets rows again."""
+        suspension = self._suspended.get(replica_id)
+        if suspension is not None and suspension.silent:
+            self.resume(replica_id)
+
+    def _set_aside(self, replica_id: str, reason: Reason, probe_at: float, pause_s: float) -> bool:
+        replica = self._by_id.get(replica_id)
+        rest = {key: value for key, value in self._by_id.items() if key != replica_id}
+        if replica is None or not _covered(replica, rest.values()):
+            return False
+        self._suspended[replica_id] = Suspension(replica, probe_at, pause_s, silent=reason == "silent")
+        self._suspensions[replica.group, reason] += 1
+        self._change(rest)
         return True
 
     def resume(self, replica_id: str) -> None:
@@ -128,7 +154,8 @@ class LiveReplicas:
             suspension = self._suspended.pop(replica_id, None)
             if suspension is None:
                 return
-            self._pauses[replica_id] = suspension.pause_s, time.monotonic()
+            if not suspension.silent:
+                self._pauses[replica_id] = suspension.pause_s, time.monotonic()
             self._change({**self._by_id, replica_id: suspension.replica})
         log.info("replica %s answers again", replica_id)
 

@@ -263,7 +263,7 @@ void Server::receive_dispatch(const std::shared_ptr<Call>& call, Slices message)
     }
     if (code == kResourceExhausted) {
       refusal = {code, "no room for " + std::to_string(rows) + " rows: " + std::to_string(waiting_.queued_rows()) +
-                           " of at most " + std::to_string(waiting_.max_queued_rows) + " rows wait"};
+                           " rows wait in a queue for " + std::to_string(waiting_.max_queued_rows)};
     } else {
       refusal = {code, "replica " + settings_.replica_id + " is stopping"};
     }

@@ -16,6 +16,7 @@ using expertmesh::server::Server;
 using expertmesh::server::Settings;
 using expertmesh::server::Taken;
 using expertmesh::server::Tls;
+using expertmesh::server::Turns;
 
 namespace {
 
@@ -102,6 +103,14 @@ void record(LoadMeter& meter, int64_t now, uint32_t layer, const std::vector<int
 }  // namespace
 
 void bind_server(nb::module_& module) {
+  nb::class_<Turns>(module, "Turns")
+      .def(nb::init<>())
+      .def("rows_of", &Turns::rows_of)
+      .def("callers_with", &Turns::callers_with)
+      .def("join", &Turns::join)
+      .def("leave", &Turns::leave)
+      .def("advance", &Turns::advance, nb::arg().none());
+  module.def("may_wait", &expertmesh::server::may_wait);
   nb::class_<LoadMeter>(module, "LoadMeter")
       .def(
           "__init__",

@@ -21,6 +21,7 @@ from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import PROTOCOL_VERSION, open_channel
 from expertmesh.wire.tls import CurrentTls, TlsFiles
 from router_service.replicas import LiveReplica, LiveReplicas, experts_by_layer
+from router_service.transport.pulse import LOOK_S, Answered, Pulse
 from router_service.transport.shared_loop import SharedLoop
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 2.0
 
 class Stream(Protocol):
     """A Dispatch stream that a transport has opened. Its methods run on the event loop of the Links."""
+
+    def ask(self) -> Answered:
+        """Asks for NO_LAYER."""
 
     async def ended(self) -> str:
         """Returns why, once the stream has ended."""
@@ -68,6 +72,7 @@ class Links:
         self._tls = tls
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._addresses: dict[str, str] = {}
+        self._pulses: dict[str, Pulse] = {}
         self._wants: dict[int, asyncio.Task[None]] = {}
         """Layer -> telling the directory that experts of it are missing, and the pause after that."""
         replicas.on_missing = self._note_missing
@@ -88,6 +93,18 @@ class Links:
     async def _start(self) -> None:
         self._follower = asyncio.create_task(self._follow())
         self._prober = asyncio.create_task(self._probe())
+        self._looker = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        """Sees to it that a replica that falls silent while no rows flow is not the one they go to next."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for replica_id, pulse in self._pulses.items():
+                answered = pulse.look()
+                if answered:
+                    self._replicas.note_answer(replica_id)
+                elif answered is False:
+                    self._replicas.note_silence(replica_id)
 
     async def _probe(self) -> None:
         """Gives suspended replicas rows again once they answer."""
@@ -136,6 +153,7 @@ class Links:
                 self._tasks.pop(replica_id).cancel()
             for replica_id, replica in listed.items():
                 if replica.state == pb.REPLICA_STATE_DRAINING:
+                    self._pulses.pop(replica_id, None)  # it waits for quiet
                     self._replicas.remove(replica_id)
                 elif replica.state == pb.REPLICA_STATE_READY and replica_id not in self._tasks:
                     self._tasks[replica_id] = asyncio.create_task(self._keep(replica))
@@ -165,9 +183,11 @@ class Links:
         try:
             self._replicas.refused.pop(replica.address, None)
             self._replicas.add(live)
+            self._pulses[live.replica_id] = Pulse(stream.ask, lambda: _idle(live))
             log.info("replica %s (group %s) at %s is in use", live.replica_id, live.group, replica.address)
             return await stream.ended()
         finally:
+            self._pulses.pop(replica.replica_id, None)
             self._replicas.remove(replica.replica_id)
             await stream.close()
 
@@ -186,9 +206,14 @@ class Links:
         return description
 
     async def _close(self) -> None:
-        tasks = [self._follower, self._prober, *self._tasks.values(), *self._wants.values()]
+        tasks = [self._follower, self._prober, self._looker, *self._tasks.values(), *self._wants.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if grpcs_own := asyncio.all_tasks() - {asyncio.current_task()}:  # they see to the end of cancelled calls
             await asyncio.wait(grpcs_own, timeout=1)
+
+
+def _idle(live: LiveReplica) -> bool:
+    live.refresh()
+    return live.rows_under_way == 0

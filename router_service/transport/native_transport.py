@@ -21,6 +21,7 @@ from router_service.dispatch.scatter import Pairs, ReplicaBatch
 from router_service.replicas import LiveReplica, LiveReplicas
 from router_service.transport.base import Answer, Timing
 from router_service.transport.links import Links
+from router_service.transport.pulse import NO_LAYER, Answered
 
 OPEN_TIMEOUT_S = 5.0
 NO_STREAM = -1
@@ -102,6 +103,9 @@ class NativeStream:
     number: int
     end: asyncio.Future[str]
 
+    def ask(self) -> Answered:
+        return self.transport._ask(self.number)
+
     async def ended(self) -> str:
         return await self.end
 
@@ -175,7 +179,8 @@ class NativeTransport:
 
     def timings(self) -> dict[int, LayerTimings]:
         """Layer -> where its time went."""
-        return {layer: LayerTimings(*sums) for layer, sums in self._client.timings().items()}
+        timings = self._client.timings()
+        return {layer: LayerTimings(*sums) for layer, sums in timings.items() if layer != NO_LAYER}
 
     def close(self) -> None:
         """Ends the streams and the threads; what is under way fails. More calls do nothing."""
@@ -200,6 +205,18 @@ class NativeTransport:
             self._close_stream(number)
             raise
         return stream
+
+    def _ask(self, number: int) -> Answered:
+        nothing = (number, "", b"", b"", b"", b"")
+        step = self._client.send(NO_LAYER, 0, 0, 0, pb.DTYPE_FLOAT32, [nothing])
+
+        def answered() -> bool | None:
+            if not step.wait(0):
+                return False
+            code = step.parts()[0][5]
+            return None if code in (pb.CODE_DEADLINE_EXCEEDED, pb.CODE_UNAVAILABLE) else True
+
+        return answered
 
     def _close_stream(self, number: int) -> None:
         self._client.close_stream(number)

@@ -18,6 +18,7 @@ from expertmesh.wire.channel import FINGERPRINT_KEY, open_channel
 from expertmesh.wire.tls import CurrentTls
 from router_service.latency import Latency
 from router_service.replicas import LiveReplica
+from router_service.transport.pulse import NO_LAYER, Answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,11 @@ class ReplicaStream:
         if self._writer is None:
             self._writer = asyncio.create_task(self._write())
         return request.id
+
+    def ask(self) -> Answered:
+        replies: list[Reply] = []
+        self.send(pb.DispatchRequest(layer=NO_LAYER), replies.append)
+        return lambda: any(reply.response is not None for reply in replies)
 
     def late_after_s(self, rows: int) -> float:
         """From when on an answer to so many rows is late."""

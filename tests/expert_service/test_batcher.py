@@ -48,10 +48,10 @@ def test_everything_that_waits_for_a_layer_forms_one_batch() -> None:
     assert batcher.queued_rows == 0
 
 
-def test_layers_take_turns_by_who_waits_longest() -> None:
+def test_layers_of_one_caller_or_equal_ones_come_in_the_order_of_arrival() -> None:
     batcher = Batcher(100, 2)
-    for layer, arrived_at in [(1, 0.0), (1, 0.1), (1, 0.5), (2, 0.2), (2, 0.6), (3, 0.3)]:
-        batcher.submit(job(layer, 1, arrived_at))
+    for layer in (1, 1, 2, 3, 1, 2):
+        batcher.submit(job(layer))
     assert [take(batcher).layer for _ in range(4)] == [1, 2, 3, 1]
 
 
@@ -63,13 +63,24 @@ def test_a_batch_holds_at_most_its_rows_but_at_least_one_job() -> None:
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_trace() -> None:
-    batcher = Batcher(4, 4)
-    assert batcher.submit(job(0, 3)) == pb.CODE_OK
-    assert batcher.submit(job(1, 2)) == pb.CODE_RESOURCE_EXHAUSTED
-    assert batcher.submit(job(1, 1)) == pb.CODE_OK
+    batcher, asker = Batcher(4, 4), Asker()
+    assert batcher.submit(job(0, 3, caller=asker)) == pb.CODE_OK
+    assert batcher.submit(job(1, 2, caller=asker)) == pb.CODE_RESOURCE_EXHAUSTED
+    assert batcher.submit(job(1, 1, caller=asker)) == pb.CODE_OK
     assert batcher.queued_rows == 4
     take(batcher)
-    assert batcher.submit(job(1, 3)) == pb.CODE_OK
+    assert batcher.submit(job(1, 3, caller=asker)) == pb.CODE_OK
+
+
+def test_callers_take_turns_in_a_batch_and_between_layers() -> None:
+    batcher, flood, modest = Batcher(100, 4), Asker(), Asker()
+    for layer in (1, 1, 1, 2, 2, 2):
+        batcher.submit(job(layer, 2, caller=flood))
+    jobs = [job(2, 2, caller=modest), job(1, 2, caller=modest)]
+    for each in jobs:
+        batcher.submit(each)
+    order = [[(one.layer, one.caller is modest) for one in take(batcher).jobs] for _ in range(4)]
+    assert order == [[(1, False), (1, False)], [(2, True), (2, False)], [(1, True), (1, False)], [(2, False)] * 2]
 
 
 def test_what_came_too_late_is_not_computed() -> None:
@@ -114,10 +125,10 @@ def test_a_waiting_thread_wakes_for_a_job_and_for_the_end() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), max_size=40), st.integers(1, 8), st.integers(1, 60))
 def test_every_accepted_job_is_taken_once_and_in_order(jobs: list[tuple[int, int]], max_batch: int, limit: int) -> None:
-    batcher = Batcher(limit, max_batch)
+    batcher, asker = Batcher(limit, max_batch), Asker()
     accepted: list[Job] = []
     for arrived_at, (layer, rows) in enumerate(jobs):
-        each = job(layer, rows, arrived_at)
+        each = job(layer, rows, arrived_at, caller=asker)
         if batcher.submit(each) == pb.CODE_OK:
             accepted.append(each)
         assert batcher.queued_rows == sum(waiting.rows for waiting in accepted) <= limit

@@ -320,11 +320,36 @@ def test_a_full_queue_pushes_back_in_band(gated: tuple[Replica, Gate]) -> None:
                 await call.write(request(number))
             refused = await call.read()
             assert (refused.id, refused.status.code) == (4, pb.CODE_RESOURCE_EXHAUSTED)
-            assert "6 of at most 6 rows wait" in refused.status.message
+            assert "6 rows wait in a queue for 6" in refused.status.message
             assert refused.load.queued_rows == 6
             gate.opened.set()
             assert {(await call.read()).status.code for _ in range(3)} == {pb.CODE_OK}
             assert (await exchange(call, request(5)))[5].status.code == pb.CODE_OK
+
+    run(test)
+
+
+@pytest.mark.parametrize("gated", [6], indirect=True)
+def test_a_router_that_fills_the_queue_keeps_no_other_out_and_takes_turns(gated: tuple[Replica, Gate]) -> None:
+    async def test() -> None:
+        replica, gate = gated
+        async with stub_of(replica.address) as one, stub_of(replica.address) as other:
+            flood, modest = one.Dispatch(metadata=FINGERPRINT), other.Dispatch(metadata=FINGERPRINT)
+            await flood.write(request(1))
+            await asyncio.to_thread(gate.began.acquire)
+            for number in (2, 3, 4):
+                await flood.write(request(number))
+            assert (await flood.read()).id == 4
+            await modest.write(request(5))
+            await queued(replica, 9)
+            await modest.write(request(6))  # more than its half of the queue
+            refused = await modest.read()
+            assert (refused.id, refused.status.code) == (6, pb.CODE_RESOURCE_EXHAUSTED)
+            gate.opened.set()
+            answers = [await flood.read(), await flood.read(), await flood.read(), await modest.read()]
+            assert {answer.status.code for answer in answers} == {pb.CODE_OK}
+            batches = {answer.id: answer.timings.batch_rows for answer in answers}
+            assert batches == {1: 3, 2: 6, 5: 6, 3: 3}  # in order of arrival 3 would share a batch with 2
 
     run(test)
 

@@ -16,6 +16,7 @@ from expertmesh.v1 import directory_pb2, directory_pb2_grpc
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import PROTOCOL_VERSION
 from expertmesh.wire.tensors import DTYPES, decode, encode
+from router_service.transport.pulse import NO_LAYER
 
 FINGERPRINT = "f" * 64
 LAYER = 0
@@ -73,6 +74,11 @@ class ScriptedReplica:
         try:
             for message in requests:
                 request = pb.DispatchRequest.FromString(message)
+                if request.layer == NO_LAYER:
+                    yield pb.DispatchResponse(
+                        id=request.id, status=pb.Status(code=pb.CODE_NOT_FOUND)
+                    ).SerializeToString()
+                    continue
                 with self._lock:
                     self.requests.append(request)
                 yield from self.script(request)

@@ -194,6 +194,31 @@ def test_the_last_replica_of_an_expert_is_never_suspended() -> None:
     assert set(live.snapshot()) == {"a", "b", "c"}
 
 
+def test_who_rests_gets_rows_again_where_it_is_the_last_one_left() -> None:
+    live = LiveReplicas()
+    for name in ("a", "b", "c"):
+        live.add(LiveReplica(name, "g", {0: frozenset({0})}, 10))
+    live.note_silence("a")
+    assert live.suspend("b", "late", "")
+    live.remove("c")
+    assert set(live.snapshot()) == {"b"} and set(live.suspended()) == {"a"}
+
+
+def test_who_is_silent_gets_rows_at_its_first_answer_and_no_probe_ends_another_rest() -> None:
+    live = LiveReplicas()
+    for name in ("a", "b", "c"):
+        live.add(LiveReplica(name, "g", {0: frozenset({0})}, 10))
+    live.note_silence("a")
+    assert live.suspend("b", "late", "")
+    live.note_silence("c")  # the only one that is left
+    assert set(live.snapshot()) == {"c"} and live.suspended()["a"].probe_at == float("inf")
+    for name in ("a", "b", "c"):
+        live.note_answer(name)
+    assert set(live.snapshot()) == {"a", "c"}
+    assert live.suspend("a", "late", "")
+    assert live.suspended()["a"].pause_s == 1  # silence says nothing against it later
+
+
 def test_who_is_suspended_again_rests_longer() -> None:
     live = LiveReplicas()
     for name in ("a", "b"):
