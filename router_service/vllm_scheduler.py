@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -20,6 +21,10 @@ from router_service.losses import Lacking
 
 LACKING_ROWS = "expertmesh_lacking_rows"
 """Attribute of a SchedulerOutput that `InProcessExecutor` sets: Lacking, rows of its batch."""
+BLOCK_HASHES = "expertmesh_block_hashes"
+"""Attribute of a SchedulerOutput: of the requests in it, Hashes."""
+Hashes = Mapping[str, Sequence[bytes]]
+"""Request -> a hash for each block of its tokens that is full, which holds all tokens before it too."""
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +35,14 @@ class Sparing:
         super().__init__(*args, **kwargs)
         self._degraded: set[str] = set()
         """Requests under way whose outputs are marked."""
+
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keeps the block hashes of the step's requests: those that are aborted or preempted before its output comes
+        have no blocks any more that would tell who read them."""
+        scheduler_output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        hashes = {one: self.requests[one].block_hashes for one in scheduler_output.num_scheduled_tokens}
+        setattr(scheduler_output, BLOCK_HASHES, hashes)
+        return scheduler_output
 
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         rows: Lacking | None = getattr(scheduler_output, LACKING_ROWS, None)
@@ -45,24 +58,22 @@ class Sparing:
 
     def _spare(self: Any, rows: Lacking, scheduler_output: Any, model_runner_output: Any) -> None:
         order, tokens = model_runner_output.req_ids, scheduler_output.num_scheduled_tokens
-        before = computed_before(scheduler_output)
-        self._degrade(requests_of(rows.degraded, order, tokens), before)
+        before, hashes = computed_before(scheduler_output), getattr(scheduler_output, BLOCK_HASHES)
+        degraded = requests_of(rows.degraded, order, tokens)
+        if degraded:
+            self._degrade(degraded, before, hashes)
         failed = requests_of(rows.lost, order, tokens)
         if not failed:
             return
-        failed |= self._taint(failed, before)
+        failed |= self._taint(failed, before, hashes)
         for request in failed & model_runner_output.req_id_to_index.keys():
             if model_runner_output.sampled_token_ids:
                 model_runner_output.sampled_token_ids[model_runner_output.req_id_to_index[request]] = []
         log.warning("%d of %d requests lost rows in a step and fail", len(failed), len(self.running))
         self.grammar_compile_error_reqs |= failed  # those that end with an error after this step
 
-    def _degrade(self: Any, degraded: set[str], before: dict[str, int]) -> None:
-        running = {one.request_id for one in self.running}
-        others = self._taint(degraded & running, before)
-        if degraded - running:  # aborted or preempted since: it has no blocks that would tell who read them
-            others = running - degraded
-            self.kv_cache_manager.evict_blocks(set(range(self.kv_cache_config.num_blocks)))
+    def _degrade(self: Any, degraded: set[str], before: dict[str, int], hashes: Hashes) -> None:
+        others = self._taint(degraded, before, hashes)
         for request in (degraded | others) & self.requests.keys() - self._degraded:
             self._hash_apart(request, before.get(request, 0) if request in degraded else 0)
         self._degraded |= (degraded | others) & self.requests.keys()
@@ -77,20 +88,28 @@ class Sparing:
         request.block_hashes[first:] = [os.urandom(32) for _ in request.block_hashes[first:]]
         request._block_hasher = lambda one: [os.urandom(32) for _ in hasher(one)]
 
-    def _taint(self: Any, failed: set[str], before: dict[str, int]) -> set[str]:
+    def _taint(self: Any, failed: set[str], before: dict[str, int], hashes: Hashes) -> set[str]:
         """Takes what these requests wrote in this step or later out of the prefix cache; the other requests that had
         read it."""
+        running = {one.request_id for one in self.running}
         blocks: set[int] = set()
-        for request in failed & self.requests.keys():
+        for request in failed & running:
             blocks |= self._blocks_from(request, before.get(request, 0))
+        gone = failed - running
+        first = {one: before.get(one, 0) // self.hash_block_size for one in gone}
+        lacking = {(at, hashes[one][at]) for one, at in first.items() if at < len(hashes[one])}
         others = {
             one.request_id
             for one in self.running
-            if one.request_id not in failed and not blocks.isdisjoint(self._blocks_from(one.request_id, 0))
+            if one.request_id not in failed
+            and (
+                any(one.block_hashes[at : at + 1] == [value] for at, value in lacking)
+                or not blocks.isdisjoint(self._blocks_from(one.request_id, 0))
+            )
         }
         for request in others:
             blocks |= self._blocks_from(request, before.get(request, 0))
-        self.kv_cache_manager.evict_blocks(blocks)
+        self.kv_cache_manager.evict_blocks(set(range(self.kv_cache_config.num_blocks)) if gone else blocks)
         return others
 
     def _blocks_from(self: Any, request: str, computed: int) -> set[int]:
