@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -13,19 +13,15 @@ from typing import Any
 
 def spawn(work: Callable[..., None], *args: Any, name: str) -> tuple[BaseProcess, Connection]:
     """A new interpreter that runs `work(connection, *args)`; ends with this process. Ctrl-C is for this process, which
-    tells the other what to do."""
+    tells the other what to do; one that comes while the other starts comes through after that."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(theirs, *args), name=name, daemon=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    resource_tracker.ensure_running()  # where it starts its own process, it unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
         theirs.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process, ours
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

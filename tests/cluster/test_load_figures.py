@@ -140,8 +140,9 @@ def test_prometheus_gets_every_metric(cluster: Cluster, second: SecondDirectory)
             assert time.monotonic() < deadline, missing
             time.sleep(1)
             lines = [line for page in pages for line in client.get(f"http://{page}/metrics").text.splitlines()]
-    (suspensions,) = (line for line in lines if line.startswith("ray_expertmesh_router_suspensions_total{"))
-    assert 'group="b"' in suspensions and 'reason="not_finite"' in suspensions and float(suspensions.split()[-1]) >= 1
+    suspensions = [line for line in lines if line.startswith("ray_expertmesh_router_suspensions_total{")]
+    (of_nan,) = (line for line in suspensions if 'reason="not_finite"' in line)  # a slow machine adds others
+    assert 'group="b"' in of_nan and float(of_nan.split()[-1]) >= 1
     waits = [line for line in lines if line.startswith("ray_expertmesh_replica_queue_wait_seconds{")]
     for replica in list_table(cluster.directory).replicas:
         assert sum(f'replica="{replica.replica_id}"' in line for line in waits) == 2
