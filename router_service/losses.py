@@ -18,15 +18,17 @@ class Lacking:
     """That no replica could compute."""
     degraded: set[int] = field(default_factory=set)
     """That went on without an expert."""
+    takes_lost: bool = True
+    """Otherwise a lost row is an error still."""
 
     def __bool__(self) -> bool:
         return bool(self.lost or self.degraded)
 
 
 @contextmanager
-def collect() -> Iterator[Lacking]:
+def collect(takes_lost: bool = True) -> Iterator[Lacking]:
     """The rows that lack an expert on this thread while the block runs."""
-    lacking = Lacking()
+    lacking = Lacking(takes_lost=takes_lost)
     _collecting.rows = lacking
     try:
         yield lacking
@@ -35,10 +37,11 @@ def collect() -> Iterator[Lacking]:
 
 
 def lose(lost: Iterable[int], degraded: Iterable[int] = ()) -> bool:
-    """Notes rows; False where nobody collects, so that it must be an error."""
+    """Notes rows; False where nobody collects such, so that it must be an error."""
     collected: Lacking | None = getattr(_collecting, "rows", None)
-    if collected is None:
+    lost = frozenset(lost)
+    if collected is None or (lost and not collected.takes_lost):
         return False
-    collected.lost.update(lost)
+    collected.lost |= lost
     collected.degraded.update(degraded)
     return True

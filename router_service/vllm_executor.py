@@ -16,13 +16,21 @@ from router_service.remote_op import dispatchers
 from router_service.vllm_scheduler import LACKING_ROWS
 
 
+WARM_UPS = ("determine_available_memory", "compile_or_warm_up_model")
+"""Of the worker: steps with rows of nobody's."""
+
+
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
     """The same; vLLM leaves classes given by name alone."""
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """Answers the front end, which asks by this way what the engine's process alone knows."""
+        """Answers the front end, which asks by this way what the engine's process alone knows. In degraded mode a
+        router starts without the experts that are missing."""
         if method == SUSPENSIONS:
             return [one.replicas.suspensions() for one in dispatchers()]
+        if method in WARM_UPS:
+            with losses.collect(takes_lost=False):
+                return super().collective_rpc(method, *args, **kwargs)
         return super().collective_rpc(method, *args, **kwargs)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:

@@ -36,6 +36,10 @@ def test_once_it_is_back_all_is_as_before(runs: list[dict[str, Any]], scheduler:
     assert runs[scheduler]["after"] == runs[scheduler]["reference"]
 
 
+def test_a_router_starts_without_the_expert(runs: list[dict[str, Any]]) -> None:
+    assert runs[1]["begun_without"] == runs[-1]["masked"]
+
+
 @schedulers
 def test_every_kind_of_response_is_marked(runs: list[dict[str, Any]], scheduler: int) -> None:
     run = runs[scheduler]

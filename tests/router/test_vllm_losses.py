@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,3 +71,14 @@ def test_losses_are_errors_where_nobody_collects_them() -> None:
         assert lose([3, 1]) and lose([1], degraded=[4])
     assert (lacking.lost, lacking.degraded) == ({1, 3}, {4})
     assert not lose([2])
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("step", ["determine_available_memory", "compile_or_warm_up_model"])
+def test_a_warm_up_takes_degraded_rows_and_no_lost_ones(step: str) -> None:
+    from router_service.vllm_executor import InProcessExecutor
+
+    executor = InProcessExecutor.__new__(InProcessExecutor)
+    executor.driver_worker = SimpleNamespace(**{step: lose})
+    assert executor.collective_rpc(step, args=([], [1])) == [True]
+    assert executor.collective_rpc(step, args=([0], [1])) == [False]

@@ -1,9 +1,10 @@
 """Run as a program: `vllm_degraded.py ARTIFACT`. vLLM's OpenAI serving over replicas of which one is stopped and comes
 back, in degraded mode.
 
-Prints one JSON line per kind of scheduler: {"reference": ..., "without": ..., "after": ...}, each a list per prompt of
-{"tokens": [...], "degraded": whether it is marked}, and what else was asked without the replica. A last line is
-{"masked": ...}: the same from transformers, the expert's weight given to the others; marked where it was chosen.
+Prints one JSON line per kind of scheduler: {"begun_without": ..., "reference": ..., "without": ..., "after": ...}, each a
+list per prompt of {"tokens": [...], "degraded": whether it is marked}, and what else was asked without the replica. A last
+line is {"masked": ...}: the same from transformers, the expert's weight given to the others; marked where it was chosen.
+The second engine starts while the replica is stopped, and compiles: that is what warms up with rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from router_service.degraded_mark import marked, watch
 SAMPLING = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
 
 
-async def start(artifact: Path, directory: str, scheduler: str) -> tuple[Any, Any]:
+async def start(artifact: Path, directory: str, scheduler: str, **more: Any) -> tuple[Any, Any]:
     """The engine and vLLM's serving objects."""
     from starlette.datastructures import State
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -35,7 +36,7 @@ async def start(artifact: Path, directory: str, scheduler: str) -> tuple[Any, An
 
     settings = RouterSettings(directory=directory, wait_for_experts_s=30, degrade_after_s=0.3)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(artifact / TRUNK_DIRECTORY)])
-    engine = engine_settings(settings, scheduler)
+    engine = engine_settings(settings, scheduler) | more
     for name, value in engine.items():
         setattr(args, name, value)
     args.served_model_name = ["demo"]
@@ -80,10 +81,17 @@ async def generate(state: Any) -> list[dict[str, Any]]:
     return [{"tokens": body["choices"][0]["token_ids"], "degraded": is_marked(body)} for (body,) in bodies]
 
 
-async def run(artifact: Path, scheduler: str) -> dict[str, Any]:
+async def run(artifact: Path, scheduler: str, begins_without: bool) -> dict[str, Any]:
     with divided(artifact) as replicas:
-        client, state = await start(artifact, replicas.directory, scheduler)
-        found: dict[str, Any] = {"reference": await generate(state)}
+        if begins_without:
+            replicas.lose()
+        client, state = await start(artifact, replicas.directory, scheduler, enforce_eager=not begins_without)
+        found: dict[str, Any] = {}
+        if begins_without:
+            found["begun_without"] = await generate(state)
+            replicas.replace()
+            await client.reset_prefix_cache()
+        found["reference"] = await generate(state)
         await asyncio.to_thread(replicas.lose)
         await client.reset_prefix_cache()  # what was cached with the expert would be whole
         found["without"] = await generate(state)
@@ -135,6 +143,6 @@ def masked() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for name in ("SparingScheduler", "SparingAsyncScheduler"):
-        print(json.dumps(asyncio.run(run(Path(sys.argv[1]), name))), flush=True)
+    for begins_without, name in enumerate(("SparingScheduler", "SparingAsyncScheduler")):
+        print(json.dumps(asyncio.run(run(Path(sys.argv[1]), name, bool(begins_without)))), flush=True)
     print(json.dumps({"masked": masked()}), flush=True)
