@@ -15,7 +15,6 @@ from router_service.metrics import SUSPENSIONS
 from router_service.remote_op import dispatchers
 from router_service.vllm_scheduler import LACKING_ROWS
 
-
 WARM_UPS = ("determine_available_memory", "compile_or_warm_up_model")
 """Of the worker: steps with rows of nobody's."""
 

@@ -1,10 +1,10 @@
 """Run as a program: `vllm_degraded.py ARTIFACT`. vLLM's OpenAI serving over replicas of which one is stopped and comes
 back, in degraded mode.
 
-Prints one JSON line per kind of scheduler: {"begun_without": ..., "reference": ..., "without": ..., "after": ...}, each a
-list per prompt of {"tokens": [...], "degraded": whether it is marked}, and what else was asked without the replica. A last
-line is {"masked": ...}: the same from transformers, the expert's weight given to the others; marked where it was chosen.
-The second engine starts while the replica is stopped, and compiles: that is what warms up with rows.
+Prints one JSON line per kind of scheduler: {"begun_without": ..., "reference": ..., "without": ..., "after": ...}, each
+a list per prompt of {"tokens": [...], "degraded": whether it is marked}, and what else was asked without the replica. A
+last line is {"masked": ...}: the same from transformers, the expert's weight given to the others; marked where it was
+chosen. The second engine starts while the replica is stopped, and compiles: that is what warms up with rows.
 """
 
 from __future__ import annotations
