@@ -10,6 +10,7 @@ import datetime
 import importlib
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,7 @@ SILENCE = "partition_host"
 
 def main() -> None:
     given = _parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a benchmark made ends with it
     try:
         if given.name == "all":
             result = run_all(given.only)
