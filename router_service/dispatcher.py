@@ -17,6 +17,7 @@ from router_service.recovery import (
     ExpertsUnavailable,
     HedgeBudget,
     Recovery,
+    RowsLost,
     make_batches,
 )
 from router_service.replicas import LiveReplicas
@@ -70,8 +71,9 @@ class Dispatcher:
         """The weighted sums [T, H] over each token's experts, in the type and on the device of the hidden states.
 
         What a replica fails to answer is sent to another; what is late is asked of another too; where no other covers
-        the expert, it waits for one. Raises ExpertsUnavailable where an expert was missing for `wait_s`, and
-        DispatchRefused where a replica calls the dispatch invalid; both hold the sums of the other tokens. With
+        the expert, it waits for one. Raises ExpertsUnavailable where an expert was missing for `wait_s`,
+        DispatchRefused where a replica calls the dispatch invalid, and RowsLost where two answers agree that a sum is
+        no number; all hold the sums of the other tokens. With
         `degrade_after_s` it raises ExpertsLeftOut where a token's sum is one over the experts that survive, scaled by
         `surviving_scale`; a token that none survives for is lost.
         """
@@ -94,6 +96,7 @@ class Dispatcher:
         parts.sort(key=lambda part: (int(part[0].pair_experts.min()), int(part[0].rows[0])))
         like, lost = dispatch.hidden_states, recovery.lost
         summed = combine(len(like), like.shape[1], torch.float32, parts)
+        summed[sorted(recovery.overflowed)] = 0.0
         degraded, unserved = frozenset[int](), recovery.unserved
         if recovery.left_out:
             every = [batch.pairs for batch in dispatch.batches]
@@ -110,6 +113,10 @@ class Dispatcher:
             raise DispatchRefused(recovery.refused, lost, total, degraded)
         if unserved:
             raise ExpertsUnavailable(unserved, lost, total, degraded)
+        if recovery.overflowed:
+            rows = f"{len(recovery.overflowed)} rows"
+            why = f"layer {dispatch.layer}: two answers say that the sums of {rows} are no numbers"
+            raise RowsLost(why, lost, total, degraded)
         if degraded:
             raise ExpertsLeftOut(f"layer {dispatch.layer}: {len(degraded)} rows lack an expert", lost, total, degraded)
         return total

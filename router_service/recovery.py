@@ -155,9 +155,13 @@ class Recovery:
         self.refused = ""
         self.unserved = ""
         """Why rows were lost: what a replica calls invalid; which experts nobody served. Empty: none for that."""
+        self.overflowed: frozenset[int] = frozenset()
+        """Those of `lost` whose sums two answers call no numbers."""
         self._parts: list[Part] = []
         self._asks: list[Ask] = []
         self._failed: set[str] = set()
+        self._not_finite: set[tuple[int, int]] = set()
+        """Pairs of token and expert whose sum was no number in one answer."""
         self._pauses = 0
 
     def run(self, batches: Sequence[ReplicaBatch], pending: Pending, unserved: Pairs | None) -> list[Part]:
@@ -215,13 +219,24 @@ class Recovery:
         return False
 
     def _good(self, batch: ReplicaBatch, answer: Answer) -> bool:
-        """Sums that are not numbers are no answer, unless the rows were none either."""
+        """Sums that are no numbers are no answer, unless the row was none either. Where a second answer gives none for
+        the same pairs, the model overflows there: their tokens are lost, since no later answer would help."""
         if answer.output is None:
             return False
-        if bool(torch.isfinite(answer.output).all()):
+        finite = torch.isfinite(answer.output).all(-1)
+        if bool(finite.all()):
             return True
-        rows = self._hidden_states[torch.from_numpy(batch.rows).to(self._hidden_states.device)]
-        return not bool(torch.isfinite(rows).all())
+        given = self._hidden_states[torch.from_numpy(batch.rows).to(self._hidden_states.device)]
+        overflowed = (~finite & torch.isfinite(given).all(-1).cpu()).numpy()
+        concerned = overflowed[batch.pair_rows]
+        pairs = batch.pairs
+        keys = set(zip(pairs.tokens[concerned].tolist(), pairs.experts[concerned].tolist(), strict=True))
+        if not keys <= self._not_finite:
+            self._not_finite |= keys
+            return False
+        self.overflowed |= frozenset(batch.rows[overflowed].tolist())
+        self.lost |= self.overflowed
+        return True
 
     def _lose(self, pairs: Pairs) -> None:
         self.lost |= frozenset(pairs.tokens.tolist())

@@ -13,10 +13,10 @@ from mesh import TRANSPORTS, running_directory
 from scripted_replica import FINGERPRINT, LAYER, Script, ScriptedReplica, success
 
 from expertmesh.v1 import expert_pb2 as pb
-from expertmesh.wire.tensors import encode
+from expertmesh.wire.tensors import decode, encode
 from router_service.connection import RouterSettings, open_transport
 from router_service.dispatcher import Dispatcher
-from router_service.recovery import ExpertsUnavailable, HedgeBudget
+from router_service.recovery import ExpertsUnavailable, HedgeBudget, RowsLost
 from router_service.replicas import LiveReplica, LiveReplicas
 
 EXPERTS, WIDTH, WARM = 4, 8, 12
@@ -47,14 +47,23 @@ def until(condition: object, timeout_s: float = 20.0) -> None:
         time.sleep(0.005)
 
 
-def check(made: Dispatcher, seed: int = 0, tokens: int = 5) -> None:
-    """One layer; its sums must be right, whoever answered."""
+def step(seed: int = 0, tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, ids and weights."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(tokens, WIDTH, generator=generator)
     ids = torch.rand(tokens, EXPERTS, generator=generator).argsort(dim=1)[:, :2]
-    weights = torch.rand(tokens, 2, generator=generator)
+    return rows, ids, torch.rand(tokens, 2, generator=generator)
+
+
+def sums(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return rows * (weights * (ids + 1)).sum(1, keepdim=True)
+
+
+def check(made: Dispatcher, seed: int = 0) -> None:
+    """One layer; its sums must be right, whoever answered."""
+    rows, ids, weights = step(seed)
     result = made.finish(made.start(LAYER, rows, ids, weights))
-    torch.testing.assert_close(result, rows * (weights * (ids + 1)).sum(1, keepdim=True))
+    torch.testing.assert_close(result, sums(rows, ids, weights))
 
 
 class Hanging:
@@ -167,9 +176,34 @@ def test_rows_that_are_no_numbers_give_sums_that_are_none(transport: str) -> Non
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_only_nonsense_ends_after_the_wait(transport: str) -> None:
     with (
-        dispatching(transport, ScriptedReplica("a", EVERY, not_a_number), wait_s=0.3) as made,
+        dispatching(transport, ScriptedReplica("a", EVERY, another_type), wait_s=0.3) as made,
         pytest.raises(ExpertsUnavailable, match=r"no replica served experts .* within 0\.3 s"),
     ):
+        check(made)
+
+
+def overflowing(request: pb.DispatchRequest) -> Iterator[bytes]:
+    """As a model would, of rows that begin with a large number."""
+    answer = success(request)
+    found = decode(answer.output).clone()
+    found[decode(request.hidden_states)[:, 0] > 100] = float("inf")
+    answer.output.CopyFrom(encode(found))
+    yield answer.SerializeToString()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_where_the_model_overflows_that_row_alone_is_lost_at_once(transport: str, replicas: int) -> None:
+    every = [ScriptedReplica(name, EVERY, overflowing) for name in "ab"[:replicas]]
+    with dispatching(transport, *every, wait_s=600) as made:
+        rows, ids, weights = step()
+        rows[2, 0] = 1000
+        with pytest.raises(RowsLost, match=r"two answers say that the sums of 1 rows are no numbers") as lost:
+            made.finish(made.start(LAYER, rows, ids, weights))
+        assert lost.value.tokens == {2}
+        assert bool(lost.value.sums.isfinite().all())
+        others = [0, 1, *range(3, len(rows))]
+        torch.testing.assert_close(lost.value.sums[others], sums(rows, ids, weights)[others])
         check(made)
 
 
