@@ -15,7 +15,7 @@ from expertmesh.artifact.manifest import TRUNK_DIRECTORY, Manifest, read_manifes
 from expertmesh.cluster import local_ray, processes, record
 from expertmesh.cluster.readiness import Step, steps
 from expertmesh.cluster.record import Record
-from expertmesh.cluster.serve_api import ServeApi
+from expertmesh.cluster.serve_api import DashboardSilent, ServeApi
 from expertmesh.config import ClusterConfig, load_config
 from expertmesh.coverage import check_context, check_coverage
 from expertmesh.deployment import directory_port, model_name, serve_config
@@ -30,6 +30,8 @@ Show = Callable[[Sequence[Step]], None]
 """Is told again and again where the applications stand; an empty list while Ray starts."""
 GRACE_S = 15.0
 RAY_START_S = 90.0
+SILENT_S = 60.0
+"""For so long Ray's dashboard may leave calls without an answer while replicas start beside it."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,20 @@ def deploy(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
 
 
 def wait_until_ready(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
-    """Raises ClusterError where an application fails or is late."""
+    """Raises ClusterError where an application fails or is late, or Ray's dashboard stays silent."""
     api = ServeApi(target.dashboard, target.token)
-    deadline = time.monotonic() + timeout_s
+    answered_at = time.monotonic()
+    deadline = answered_at + timeout_s
     while True:
-        reached = steps(plan.applications, api.details(), _table(target))
+        try:
+            details = api.details()
+        except DashboardSilent:
+            if time.monotonic() > min(answered_at + SILENT_S, deadline):
+                raise
+            time.sleep(0.5)
+            continue
+        answered_at = time.monotonic()
+        reached = steps(plan.applications, details, _table(target))
         show(reached)
         if failed := next((step for step in reached if step.error), None):
             raise ClusterError(f"application {failed.application}: {failed.error}")

@@ -18,8 +18,13 @@ Details = dict[str, Any]
 """Ray Serve's ServeInstanceDetails."""
 
 
+class DashboardSilent(ClusterError):
+    """It did not answer, or not in time; it may a moment later."""
+
+
 class ServeApi:
-    """Each call raises ClusterError where the dashboard at `address` refuses or does not answer in time."""
+    """Each call raises ClusterError where the dashboard at `address` refuses, DashboardSilent where it does not answer
+    in time."""
 
     def __init__(self, address: str, token: str | None) -> None:
         self._address = address.rstrip("/")
@@ -71,7 +76,7 @@ class ServeApi:
                 answer = client.request(method, self._address + path, json=json, params=params)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             what = str(error).strip() or type(error).__name__
-            raise ClusterError(f"Ray's dashboard at {self._address} does not answer: {what}") from None
+            raise DashboardSilent(f"Ray's dashboard at {self._address} does not answer: {what}") from None
         if answer.is_error:
             raise ClusterError(f"Ray's dashboard refused {method} {path}: {answer.status_code} {meaning(answer.text)}")
         return answer
