@@ -28,6 +28,8 @@ LOOK_S = 0.001
 HOPELESS = frozenset({pb.CODE_INVALID_ARGUMENT})
 GOING = frozenset({pb.CODE_RESOURCE_EXHAUSTED, pb.CODE_UNAVAILABLE, pb.CODE_NOT_FOUND})
 """Failures that say nothing against the replica: it is full, going or another one by now."""
+REASONS: dict[int, Reason] = {pb.CODE_DEADLINE_EXCEEDED: "timeout", pb.CODE_DATA_LOSS: "checksum"}
+"""Why a replica rests; of other failures it is `error`."""
 
 
 class RowsLost(ExpertMeshError):
@@ -353,7 +355,7 @@ def make_batches(replicas: LiveReplicas, pairs: Pairs, owners: dict[int, str]) -
 def _reason(failure: Answer) -> Reason:
     if failure.output is not None:
         return "not_finite"
-    return "timeout" if failure.code == pb.CODE_DEADLINE_EXCEEDED else "error"
+    return REASONS.get(failure.code, "error")
 
 
 def _join(pairs: Sequence[Pairs]) -> Pairs:
