@@ -310,8 +310,7 @@ class Fault(Section):
     factor: float = pydantic.Field(4, gt=1, le=100, description="Of slow: how many times slower.")
     what: Corruption = pydantic.Field(
         "rows",
-        description="Of corrupt: its answers lack a row, are of another type, hold a NaN or, with `engine.checksums`, do "
-        "not match their checksum.",
+        description="Of corrupt: its answers lack a row, are of another type, hold a NaN or belie their checksum.",
     )
 
     @pydantic.model_validator(mode="after")

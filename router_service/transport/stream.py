@@ -103,6 +103,9 @@ class ReplicaStream:
         reason = "its stream was closed"
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
+                if response is None:  # what grpc.aio gives for bytes that are no message
+                    reason = "it sent an answer that is no DispatchResponse"
+                    return reason
                 self._receive(response)
             reason = "the replica ended the stream"
         except grpc.aio.AioRpcError as error:
