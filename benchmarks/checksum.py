@@ -1,8 +1,8 @@
 """What `engine.checksums` costs: the round trip of a dispatch with checksums over one without, to the same replicas.
 
 For each case ROWSxREPLICAS two routers take turns, with and without; rows of 1 KiB (hidden 512, bf16) go to replicas
-that echo them. `ratio` is the median over the rounds of median over median; `off_us`, `on_us`: both. `python_ratio` and so
-on: of the Python transport, to replicas of its kind.
+that echo them. `ratio` is the median over the rounds of median over median; `off_us`, `on_us`: both. What begins with
+`python_` is of the Python transport, to replicas of its kind.
 """
 
 from __future__ import annotations
