@@ -231,7 +231,7 @@ class Recovery:
     def _note_failure(self, batch: ReplicaBatch, answer: Answer) -> None:
         what = answer.message if answer.output is None else "answered sums that are not finite"
         code = answer.code if answer.output is None else pb.CODE_INTERNAL
-        reason = f"replica {batch.replica}, layer {self._layer}: {pb.Code.Name(code)} {what}".rstrip()
+        reason = f"replica {batch.replica}, layer {self._layer}: {_name(code)} {what}".rstrip()
         if code in HOPELESS:
             self.refused = reason
             return
@@ -350,6 +350,11 @@ def make_batches(replicas: LiveReplicas, pairs: Pairs, owners: dict[int, str]) -
         for batch in (scatter(pairs, owners) if owners else [])
         for part in split(batch, live[batch.replica].max_rows if batch.replica in live else len(batch.rows))
     ]
+
+
+def _name(code: int) -> str:
+    """A replica may answer any number."""
+    return pb.Code.Name(pb.Code.ValueType(code)) if code in pb.Code.values() else f"code {code}"
 
 
 def _reason(failure: Answer) -> Reason:

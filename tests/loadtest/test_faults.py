@@ -302,7 +302,7 @@ def test_corrupt(processes: Processes, demo_artifact: Path, what: str, transport
         expected = step(router)
         made.start(Clock(time.monotonic()), 0)
         find_out(router, directory, {real.replica_id}, expected)
-        assert router.replicas.suspensions()["since_start"] == {"a": {REASONS[what]: 1}}
+        assert router.replicas.suspensions()["since_start"]["a"].keys() >= {REASONS[what]}
         (done,) = made.stop()
         assert (done.kind, done.target, done.error) == ("corrupt", real.replica_id, "") and done.until_s is not None
         assert members(directory) == {real.replica_id}
