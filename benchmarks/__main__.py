@@ -33,6 +33,7 @@ NAMES = (
     "loadtest_client",
     "hot_experts",
     "load_cost",
+    "checksum",
     "rebalance",
     "chaos",
     "restarts",

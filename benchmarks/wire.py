@@ -102,10 +102,12 @@ def replicas(artifact: Path, directory: str, count: int, transport: str, *option
 
 
 @contextlib.contextmanager
-def dispatcher(directory: str, fingerprint: str, count: int, transport: str) -> Iterator[Dispatcher]:
+def dispatcher(
+    directory: str, fingerprint: str, count: int, transport: str, checksums: bool = False
+) -> Iterator[Dispatcher]:
     """A router's dispatcher that has `count` replicas."""
     live = LiveReplicas()
-    settings = RouterSettings.model_validate({"directory": directory, "transport": transport})
+    settings = RouterSettings.model_validate({"directory": directory, "transport": transport, "checksums": checksums})
     made = open_transport(settings, fingerprint, live)
     try:
         wait_for(live, count)

@@ -43,6 +43,8 @@ class Job:
     arrived_at: float
     deadline: float
     """When nobody waits for the answer any more."""
+    checked: bool = False
+    """It came with a checksum, and its answer gets one."""
 
     @property
     def rows(self) -> int:

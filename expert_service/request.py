@@ -14,6 +14,7 @@ from expertmesh.errors import WireError
 from expertmesh.experts import format_indices
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import MAX_MESSAGE_BYTES
+from expertmesh.wire.checksum import REQUEST_CHANGED, request_checksum
 from expertmesh.wire.tensors import DTYPES, decode
 
 MAX_ROWS = 8192
@@ -47,6 +48,9 @@ def max_rows(hidden_size: int, top_k: int, max_queued_rows: int) -> int:
 
 def parse(request: pb.DispatchRequest, served: Served, caller: Caller, now: float) -> Job:
     """The job that a request asks for, reading its bytes in place; raises Refusal."""
+    checked = request.HasField("checksum")
+    if checked and request.checksum != request_checksum(request):
+        raise Refusal(pb.CODE_DATA_LOSS, REQUEST_CHANGED)
     held = served.held.get(request.layer)
     if held is None:
         layers = format_indices(set(served.held))
@@ -73,6 +77,7 @@ def parse(request: pb.DispatchRequest, served: Served, caller: Caller, now: floa
         output_dtype=DTYPES[request.output_dtype],
         arrived_at=now,
         deadline=now + request.timeout_us * 1e-6 if request.timeout_us else float("inf"),
+        checked=checked,
     )
 
 

@@ -15,6 +15,7 @@ from expert_service.endpoint import prepare_executor_thread
 from expert_service.executor import Executor, Pairs
 from expert_service.load import LoadMeter
 from expertmesh.v1 import expert_pb2 as pb
+from expertmesh.wire.checksum import answer_checksum
 from expertmesh.wire.tensors import encode
 
 logger = logging.getLogger(__name__)
@@ -119,11 +120,19 @@ def join(jobs: list[Job]) -> tuple[torch.Tensor, Pairs]:
 
 def _respond(job: Job, output: torch.Tensor, batch_rows: int, began: float, compute_us: int) -> pb.DispatchResponse:
     timings = pb.Timings(queue_us=round((began - job.arrived_at) * 1e6), compute_us=compute_us, batch_rows=batch_rows)
-    status = pb.Status(code=pb.CODE_OK)
-    return pb.DispatchResponse(
-        id=job.request_id, status=status, output=encode(output.to(job.output_dtype)), timings=timings
+    response = pb.DispatchResponse(
+        id=job.request_id,
+        status=pb.Status(code=pb.CODE_OK),
+        output=encode(output.to(job.output_dtype)),
+        timings=timings,
     )
+    if job.checked:
+        response.checksum = answer_checksum(response)
+    return response
 
 
 def _refuse(job: Job, code: pb.Code.ValueType, message: str) -> Answer:
-    return job.caller, pb.DispatchResponse(id=job.request_id, status=pb.Status(code=code, message=message)), job.rows
+    response = pb.DispatchResponse(id=job.request_id, status=pb.Status(code=code, message=message))
+    if job.checked:
+        response.checksum = answer_checksum(response)
+    return job.caller, response, job.rows

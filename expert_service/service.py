@@ -15,6 +15,7 @@ from expert_service.request import Refusal, Served, parse
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc
 from expertmesh.wire.channel import FINGERPRINT_KEY
+from expertmesh.wire.checksum import answer_checksum
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -125,18 +126,21 @@ class ExpertServicer(expert_pb2_grpc.ExpertServiceServicer):
         try:
             job = parse(request, self._served, stream, now)
         except Refusal as refusal:
-            self._refuse(stream, request.id, refusal.code, str(refusal))
+            self._refuse(stream, request, refusal.code, str(refusal))
             return
         code = self._batcher.submit(job)
         if code == pb.CODE_OK:
             stream.open(job.rows)
         elif code == pb.CODE_RESOURCE_EXHAUSTED:
             waiting = f"{self._batcher.queued_rows} rows wait in a queue for {self._batcher.max_queued_rows}"
-            self._refuse(stream, request.id, code, f"no room for {job.rows} rows: {waiting}")
+            self._refuse(stream, request, code, f"no room for {job.rows} rows: {waiting}")
         else:
-            self._refuse(stream, request.id, code, f"replica {self._offered.replica_id} is stopping")
+            self._refuse(stream, request, code, f"replica {self._offered.replica_id} is stopping")
 
-    def _refuse(self, stream: Stream, request_id: int, code: pb.Code.ValueType, message: str) -> None:
+    def _refuse(self, stream: Stream, request: pb.DispatchRequest, code: pb.Code.ValueType, message: str) -> None:
         status = pb.Status(code=code, message=message)
+        response = pb.DispatchResponse(id=request.id, status=status, load=self._load())
+        if request.HasField("checksum"):
+            response.checksum = answer_checksum(response)
         stream.open(0)
-        stream.answer(pb.DispatchResponse(id=request_id, status=status, load=self._load()), 0)
+        stream.answer(response, 0)

@@ -97,6 +97,11 @@ class EngineSection(Section):
         gt=0,
         description="Go on without an expert that has been missing for so long, and mark the answers. Default: never.",
     )
+    checksums: bool = pydantic.Field(
+        False,
+        description="Send a checksum with what goes to experts and what comes back: bytes that changed on the way are "
+        "asked for again. Every replica must know of it.",
+    )
     max_requests: int = pydantic.Field(
         1024, ge=1, description="Requests that may be under way at once, over all routers; more get a 429."
     )

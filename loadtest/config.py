@@ -292,7 +292,7 @@ FaultKind = Literal[
     "restart_controller",
     "restart_proxy",
 ]
-Corruption = Literal["rows", "dtype", "nan"]
+Corruption = Literal["rows", "dtype", "nan", "checksum"]
 
 
 class Fault(Section):
@@ -309,7 +309,8 @@ class Fault(Section):
     )
     factor: float = pydantic.Field(4, gt=1, le=100, description="Of slow: how many times slower.")
     what: Corruption = pydantic.Field(
-        "rows", description="Of corrupt: its answers lack a row, are of another type or hold a NaN."
+        "rows",
+        description="Of corrupt: its answers lack a row, are of another type, hold a NaN or belie their checksum.",
     )
 
     @pydantic.model_validator(mode="after")

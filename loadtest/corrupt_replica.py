@@ -19,6 +19,7 @@ from expertmesh.directory.client import Announcer
 from expertmesh.v1 import directory_pb2, expert_pb2_grpc
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import FINGERPRINT_KEY, SERVER_OPTIONS, open_channel, server_credentials
+from expertmesh.wire.checksum import answer_checksum
 from expertmesh.wire.tls import CurrentTls, TlsFiles
 from loadtest.config import Corruption
 
@@ -116,7 +117,8 @@ async def _serving(
 
 
 class CorruptReplica(expert_pb2_grpc.ExpertServiceServicer):
-    """Answers as the real replica does, but for its own id and for sums, which it spoils."""
+    """Answers as the real replica does, but for its own id and for sums, which it spoils: as one that computes them
+    wrongly would, whose checksum matches, or for `checksum` as if bytes had changed on the way."""
 
     def __init__(self, replica_id: str, real: Any, what: Corruption) -> None:
         self.answers = 0
@@ -138,6 +140,8 @@ class CorruptReplica(expert_pb2_grpc.ExpertServiceServicer):
             async for answer in call:
                 if answer.status.code == pb.CODE_OK:
                     spoil(answer.output, self._what)
+                    if self._what != "checksum" and answer.HasField("checksum"):
+                        answer.checksum = answer_checksum(answer)
                     self.answers += 1
                 yield answer
         except grpc.aio.AioRpcError as error:
@@ -147,13 +151,17 @@ class CorruptReplica(expert_pb2_grpc.ExpertServiceServicer):
 
 
 def spoil(sums: pb.Tensor, what: Corruption) -> None:
-    """Takes the last row away, calls the elements another type of the same size, or makes the first one a NaN. The
-    message stays well-formed."""
+    """Takes the last row away, calls the elements another type of the same size, makes the first one a NaN, or flips
+    its sign, which only a checksum tells. The message stays well-formed."""
     if what == "rows":
         sums.data = sums.data[: len(sums.data) - len(sums.data) // sums.rows]
         sums.rows -= 1
     elif what == "dtype":
         sums.dtype = SAME_SIZE[sums.dtype]
-    else:
+    elif what == "nan":
         nan = NAN[sums.dtype]
         sums.data = nan + sums.data[len(nan) :]
+    else:
+        data, sign = bytearray(sums.data), len(NAN[sums.dtype]) - 1
+        data[sign] ^= 0x80
+        sums.data = bytes(data)

@@ -91,7 +91,8 @@ def inflict(fault: Fault, victim: Victim, stop: threading.Event) -> int:
     """Returns when the fault is over or `stop` is set, with the process running: how many answers it corrupted.
 
     Raises psutil.Error if the process is gone, ClusterError where a partition is not allowed, and ConfigError or
-    ClusterError where the cluster's config or its TLS files cannot be read for a corrupt replica.
+    ClusterError where the cluster's config or its TLS files cannot be read for a corrupt replica, or its routers would
+    not notice.
     """
     process = victim.process
     if fault.for_s is None:
@@ -102,9 +103,10 @@ def inflict(fault: Fault, victim: Victim, stop: threading.Event) -> int:
             stop.wait(fault.for_s)
         return 0
     if fault.kind == "corrupt" and victim.replica is not None:
-        tls = load_deployed(victim.cluster).config.security.tls
-        directory = victim.cluster.directory
-        with corrupt_replica(victim.replica, fault.what, directory, tls, victim.cluster.tls) as made:
+        config, directory = load_deployed(victim.cluster).config, victim.cluster.directory
+        if fault.what == "checksum" and not config.engine.checksums:
+            raise ConfigError("corrupt: checksum: without engine.checksums the wrong sums would be used")
+        with corrupt_replica(victim.replica, fault.what, directory, config.security.tls, victim.cluster.tls) as made:
             stop.wait(fault.for_s)
         return made.answers
     ends_at = time.monotonic() + fault.for_s

@@ -99,6 +99,7 @@ def engine_arguments(args: RouterArgs) -> dict[str, Any]:
         directory_tls=args.tls,
         wait_for_experts_s=engine.wait_for_experts_s,
         degrade_after_s=engine.degrade_after_s,
+        checksums=engine.checksums,
         tls=args.tls,
     )
     arguments: dict[str, Any] = {

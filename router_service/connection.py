@@ -34,6 +34,8 @@ class RouterSettings(Section):
     """Of the replicas."""
     transport: Literal["auto", "native", "python"] = "auto"
     """The native one needs the distribution expertmesh-native; auto takes it where that is installed."""
+    checksums: bool = False
+    """Dispatches get one, and an answer without the right one is a failure."""
 
 
 class ClosableTransport(Transport, Protocol):
@@ -64,6 +66,7 @@ def open_transport(settings: RouterSettings, fingerprint: str, replicas: LiveRep
         settings.dispatch_timeout_s,
         settings.tls,
         settings.directory_tls,
+        settings.checksums,
     )
     if native:
         from router_service.transport.native_transport import NativeTransport

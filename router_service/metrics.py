@@ -28,7 +28,7 @@ SUSPENSIONS_TOTAL = Metric(
     "expertmesh_router_suspensions_total",
     "counter",
     ("group", "reason"),
-    "How often it suspended one, since it began; reason late, silent, timeout, not_finite or error.",
+    "How often it suspended one, since it began; reason late, silent, timeout, not_finite, checksum or error.",
 )
 ROUTER_METRICS = (DEGRADED_RESPONSES, SUSPENDED_REPLICAS, SUSPENSIONS_TOTAL)
 

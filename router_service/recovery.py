@@ -28,6 +28,8 @@ LOOK_S = 0.001
 HOPELESS = frozenset({pb.CODE_INVALID_ARGUMENT})
 GOING = frozenset({pb.CODE_RESOURCE_EXHAUSTED, pb.CODE_UNAVAILABLE, pb.CODE_NOT_FOUND})
 """Failures that say nothing against the replica: it is full, going or another one by now."""
+REASONS: dict[int, Reason] = {pb.CODE_DEADLINE_EXCEEDED: "timeout", pb.CODE_DATA_LOSS: "checksum"}
+"""Why a replica rests; of other failures it is `error`."""
 
 
 class RowsLost(ExpertMeshError):
@@ -244,7 +246,7 @@ class Recovery:
     def _note_failure(self, batch: ReplicaBatch, answer: Answer) -> None:
         what = answer.message if answer.output is None else "answered sums that are not finite"
         code = answer.code if answer.output is None else pb.CODE_INTERNAL
-        reason = f"replica {batch.replica}, layer {self._layer}: {pb.Code.Name(code)} {what}".rstrip()
+        reason = f"replica {batch.replica}, layer {self._layer}: {_name(code)} {what}".rstrip()
         if code in HOPELESS:
             self.refused = reason
             return
@@ -365,10 +367,15 @@ def make_batches(replicas: LiveReplicas, pairs: Pairs, owners: dict[int, str]) -
     ]
 
 
+def _name(code: int) -> str:
+    """A replica may answer any number."""
+    return pb.Code.Name(pb.Code.ValueType(code)) if code in pb.Code.values() else f"code {code}"
+
+
 def _reason(failure: Answer) -> Reason:
     if failure.output is not None:
         return "not_finite"
-    return "timeout" if failure.code == pb.CODE_DEADLINE_EXCEEDED else "error"
+    return REASONS.get(failure.code, "error")
 
 
 def _join(pairs: Sequence[Pairs]) -> Pairs:

@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LAST_PAUSE_S, FORGIVEN_AFTER_S = 1.0, 30.0, 60.0
 
-Reason = Literal["late", "silent", "timeout", "not_finite", "error"]
-"""Another replica answered first · no answer at all · sums that are no numbers · an error, or sums of another shape or
-type."""
+Reason = Literal["late", "silent", "timeout", "not_finite", "checksum", "error"]
+"""Another replica answered first · no answer while idle · no answer at all · sums that are no numbers · a checksum that
+differs or is missing · an error, or sums of another shape or type."""
 
 
 def experts_by_layer(layers: Iterable[pb.LayerExperts]) -> LayerExperts:

@@ -53,7 +53,7 @@ def cluster(demo_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     described = {
         "name": "tests",
         "model": {"artifact": str(demo_artifact), "name": "demo"},
-        "engine": {"max_model_len": 512, "kv_cache_gib": 0.25, "wait_for_experts_s": 120},
+        "engine": {"max_model_len": 512, "kv_cache_gib": 0.25, "wait_for_experts_s": 120, "checksums": True},
         "groups": [{"name": name, "experts": experts} for name, experts in GROUPS.items()],
         "server": {"http_port": http_port, "grpc_port": grpc_port},
     }

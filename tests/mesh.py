@@ -55,11 +55,17 @@ def running_groups(artifact: Path, directory: str, groups: int) -> Iterator[list
 
 @contextmanager
 def running_dispatcher(
-    artifact: Path, directory: str, transport_name: str = "auto", tls: TlsFiles | None = None
+    artifact: Path,
+    directory: str,
+    transport_name: str = "auto",
+    tls: TlsFiles | None = None,
+    checksums: bool = False,
 ) -> Iterator[Dispatcher]:
     """A router's dispatcher that follows the directory."""
     live = LiveReplicas()
-    settings = RouterSettings.model_validate({"directory": directory, "transport": transport_name, "tls": tls})
+    settings = RouterSettings.model_validate(
+        {"directory": directory, "transport": transport_name, "tls": tls, "checksums": checksums}
+    )
     transport = open_transport(settings, read_manifest(artifact).fingerprint, live)
     try:
         yield Dispatcher(live, transport, settings.wait_for_experts_s)

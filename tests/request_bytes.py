@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from expert_service.replica import Replica
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import CHANNEL_OPTIONS, FINGERPRINT_KEY
+from expertmesh.wire.checksum import answer_checksum, request_checksum
 from expertmesh.wire.tensors import encode
 
 METHOD = "/expertmesh.v1.ExpertService/Dispatch"
@@ -38,6 +39,14 @@ REQUEST = pb.DispatchRequest(
     timeout_us=60_000_000,
 )
 WHOLE = REQUEST.SerializeToString()
+
+
+def checked(request: pb.DispatchRequest) -> pb.DispatchRequest:
+    """The same request with the checksum that belongs to it."""
+    made = pb.DispatchRequest()
+    made.CopyFrom(request)
+    made.checksum = request_checksum(request)
+    return made
 
 
 def varint(value: int) -> bytes:
@@ -86,8 +95,8 @@ def is_hasty(message: bytes) -> bool:
 
 
 def said(replica: Replica, messages: list[bytes]) -> list[Any]:
-    """What a replica answers to each, sent on a stream of its own: an answer's code, text and output, or the
-    stream's status."""
+    """What a replica answers to each, sent on a stream of its own: an answer's id, code, text, output and whether its
+    checksum is right (None: it has none), or the stream's status."""
     return asyncio.run(asked(replica, messages))
 
 
@@ -106,7 +115,8 @@ async def asked(replica: Replica, messages: list[bytes]) -> list[Any]:
             if read is grpc.aio.EOF:
                 return await call.code(), await call.details()
         answer = pb.DispatchResponse.FromString(read)
-        return answer.id, answer.status.code, answer.status.message, answer.output.SerializeToString()
+        right = answer.checksum == answer_checksum(answer) if answer.HasField("checksum") else None
+        return answer.id, answer.status.code, answer.status.message, answer.output.SerializeToString(), right
 
     async with grpc.aio.insecure_channel(replica.address, CHANNEL_OPTIONS) as channel:
         return [await ask(channel, message) for message in messages]

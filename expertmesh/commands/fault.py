@@ -93,20 +93,24 @@ class What(StrEnum):
     rows = "rows"
     dtype = "dtype"
     nan = "nan"
+    checksum = "checksum"
 
 
 @fault.command()
 def corrupt(
     group: Group,
     seconds: For = 5,
-    what: Annotated[What, typer.Option(help="A row too few, another type, or a NaN.")] = What.rows,
+    what: Annotated[
+        What, typer.Option(help="A row too few, another type, a NaN, or a changed bit that only a checksum tells.")
+    ] = What.rows,
     replica: Replica = 0,
     cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Add a replica whose answers are wrong. It hands rows to the one that is named and spoils what that one answers.
 
-    Routers find it in the directory like any other. With `security.tls` it shows the cluster's certificate.
+    Routers find it in the directory like any other. With `security.tls` it shows the cluster's certificate. `--what
+    checksum` is refused where the config lacks `engine.checksums`: the wrong sums would be used.
 
     Example: expertmesh fault corrupt b --for 10 --what nan
     """

@@ -30,18 +30,17 @@ def encode(tensor: torch.Tensor) -> pb.Tensor:
 
 
 def decode(message: pb.Tensor, name: str = "tensor") -> torch.Tensor:
-    """The [rows, width] tensor of a message, without a copy: it reads the message's bytes and must not be written to.
+    """The [rows, width] tensor of a message, over its bytes as protobuf hands them out; must not be written to.
 
     Raises WireError where the type is unknown or the bytes are not rows * width elements.
     """
     dtype = DTYPES.get(message.dtype)
     if dtype is None:
         raise WireError(f"{name}: unknown dtype {message.dtype}")
+    data = message.data  # protobuf copies it each time
     expected = message.rows * message.width * dtype.itemsize
-    if len(message.data) != expected:
-        raise WireError(
-            f"{name}: {message.rows} x {message.width} {dtype} takes {expected} bytes, got {len(message.data)}"
-        )
+    if len(data) != expected:
+        raise WireError(f"{name}: {message.rows} x {message.width} {dtype} takes {expected} bytes, got {len(data)}")
     if not expected:
         return torch.empty(message.rows, message.width, dtype=dtype)
-    return torch.frombuffer(message.data, dtype=dtype).view(message.rows, message.width)
+    return torch.frombuffer(data, dtype=dtype).view(message.rows, message.width)

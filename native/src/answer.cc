@@ -51,6 +51,7 @@ bool parse_answer(const Slices& slices, Answer* answer) {
     if (reader.is(3, kBytes)) ok = parse_output(reader.bytes(), answer);
     if (reader.is(4, kBytes)) ok = parse_timings(reader.bytes(), answer);
     if (reader.is(5, kBytes)) ok = parse_load(reader.bytes(), answer);
+    if (reader.is(6, kFixed32)) answer->checksum = reader.uint32();
   }
   return ok && reader.ok();
 }

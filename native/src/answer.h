@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "protobuf.h"
@@ -9,7 +10,7 @@
 namespace expertmesh {
 
 /// As in expert.proto.
-enum Code : uint32_t { kOk = 1, kUnavailable = 5, kDeadlineExceeded = 6, kInternal = 7 };
+enum Code : uint32_t { kOk = 1, kUnavailable = 5, kDeadlineExceeded = 6, kInternal = 7, kDataLoss = 8 };
 
 struct Answer {
   uint64_t id = 0;
@@ -23,6 +24,7 @@ struct Answer {
   uint32_t queue_us = 0;
   uint32_t compute_us = 0;
   uint32_t queued_rows = 0;
+  std::optional<uint32_t> checksum;
 };
 
 /// Reads a DispatchResponse; false where the bytes are none.

@@ -10,11 +10,15 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "checksum.h"
+
 namespace expertmesh {
 namespace {
 
 constexpr char kMethod[] = "/expertmesh.v1.ExpertService/Dispatch";
 constexpr char kFingerprintKey[] = "expertmesh-fingerprint";
+/// Bytes of a request's checksum, its tag included.
+constexpr size_t kChecksumField = 5;
 constexpr auto kIdlePause = std::chrono::milliseconds(100);
 /// While streams open or end, which nobody waits for in a step.
 constexpr auto kBusyPause = std::chrono::milliseconds(1);
@@ -67,6 +71,14 @@ std::string find_fault(const Answer& answer, size_t rows, size_t width, uint32_t
   return {};
 }
 
+/// What is wrong with an answer's checksum; empty: nothing.
+std::string find_change(const Answer& answer) {
+  if (!answer.checksum) return "answered without a checksum";
+  Checksum sum = Checksum::of_answer(answer.id, answer.code);
+  sum.add_tensor(answer.dtype, answer.rows, answer.width, answer.output);
+  return sum.value() == *answer.checksum ? "" : "the answer's checksum differs: bytes changed on the way";
+}
+
 /// Copies the rows of `tokens`, each run of neighbours at once.
 void pack(uint8_t* target, const Rows& rows, const std::vector<int64_t>& tokens) {
   const auto* source = static_cast<const uint8_t*>(rows.data);
@@ -85,6 +97,11 @@ void column(Writer& writer, uint32_t field, uint32_t dtype, const std::vector<T>
   static_assert(sizeof(T) == 4);
   writer.tensor_header(field, dtype, static_cast<uint32_t>(values.size()), 1, 4 * values.size());
   writer.raw(values.data(), 4 * values.size());
+}
+
+template <typename T>
+void add_column(Checksum& sum, uint32_t dtype, const std::vector<T>& values) {
+  sum.add_tensor(dtype, static_cast<uint32_t>(values.size()), 1, values.data(), 4 * values.size());
 }
 
 void add_pair(std::vector<Part>& pieces, int64_t token, int32_t expert, float weight, size_t max_rows) {
@@ -432,10 +449,23 @@ void Client::write(Stream& stream, Step& step, size_t index, const Rows& rows) {
   writer.tensor_header(3, rows.dtype, static_cast<uint32_t>(part.rows.size()), static_cast<uint32_t>(rows.width),
                        payload);
   const std::string& header = writer.data();
-  grpc::Slice slice(grpc_slice_malloc(header.size() + payload), grpc::Slice::STEAL_REF);
+  const size_t trailer = options_.checksums ? kChecksumField : 0;
+  grpc::Slice slice(grpc_slice_malloc(header.size() + payload + trailer), grpc::Slice::STEAL_REF);
   auto* target = const_cast<uint8_t*>(slice.begin());
   std::memcpy(target, header.data(), header.size());
-  pack(target + header.size(), rows, part.rows);
+  target += header.size();
+  pack(target, rows, part.rows);
+  if (options_.checksums) {
+    Checksum sum = Checksum::of_request(part.id, options_.timeout_us, step.layer, rows.dtype);
+    sum.add_tensor(rows.dtype, static_cast<uint32_t>(part.rows.size()), static_cast<uint32_t>(rows.width), target,
+                   payload);
+    add_column(sum, kInt32, part.pair_rows);
+    add_column(sum, kInt32, part.pair_experts);
+    add_column(sum, kFloat32, part.pair_weights);
+    Writer field;
+    field.fixed32(9, sum.value());
+    std::memcpy(target + payload, field.data().data(), kChecksumField);
+  }
 
   const auto count = static_cast<int64_t>(part.rows.size());
   stream.load.rows_under_way += count;
@@ -555,6 +585,13 @@ void Client::deliver(Stream& stream) {
   if (found == stream.waiting.end()) return;  // nobody waits for it any more
   const auto [step, index] = found->second;
   Part& part = step->parts[index];
+  if (options_.checksums) {
+    std::string change = find_change(answer);
+    if (!change.empty()) {
+      answer.code = kDataLoss;
+      answer.message = std::move(change);
+    }
+  }
   if (answer.code == kOk) {
     std::string fault = find_fault(answer, part.rows.size(), step->width, step->dtype);
     if (!fault.empty()) {

@@ -45,6 +45,8 @@ struct ClientOptions {
   std::string server_name;
   /// Until a step gives up waiting for an answer.
   uint64_t timeout_us = 30'000'000;
+  /// Requests get a checksum, and an answer without the right one is a failure.
+  bool checksums = false;
 };
 
 /// Rows [tokens, width] that lie densely in the caller's memory.

@@ -22,12 +22,13 @@ Rows make_rows(uintptr_t data, size_t tokens, size_t width, uint32_t dtype) {
 }
 
 std::shared_ptr<Client> make_client(std::vector<std::pair<std::string, int>> channel_options, std::string fingerprint,
-                                    double timeout_s, std::string server_name) {
+                                    double timeout_s, std::string server_name, bool checksums) {
   ClientOptions options;
   options.channel = std::move(channel_options);
   options.fingerprint = std::move(fingerprint);
   options.timeout_us = static_cast<uint64_t>(timeout_s * 1e6);
   options.server_name = std::move(server_name);
+  options.checksums = checksums;
   return std::make_shared<Client>(std::move(options));
 }
 

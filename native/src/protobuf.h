@@ -226,9 +226,13 @@ class Writer {
   void float32(uint32_t field, float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    if (bits == 0) return;
+    if (bits != 0) fixed32(field, bits);
+  }
+
+  /// An optional field: zero is written too.
+  void fixed32(uint32_t field, uint32_t value) {
     raw_varint(field << 3 | kFixed32);
-    raw(&bits, sizeof bits);
+    raw(&value, sizeof value);
   }
 
   void bytes(uint32_t field, const void* data, size_t size) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <new>
 
+#include "checksum.h"
 #include "numbers.h"
 
 namespace expertmesh::server {
@@ -269,9 +270,7 @@ void Server::receive_dispatch(const std::shared_ptr<Call>& call, Slices message)
     }
   }
   call->expect(0);
-  Writer refused = header(job.id, refusal.code, refusal.message);
-  put_load(&refused, 5, now);
-  call->answer(one_slice(refused.data()), 0, waits_);
+  call->answer(refused(job, refusal.code, refusal.message, now), 0, waits_);
 }
 
 // ---- health, reflection ----------------------------------------------------------------------------------------------
@@ -450,10 +449,15 @@ void Server::reply(const void* output, uint32_t dtype) {
   const uint32_t width = settings_.served.hidden_size;
   std::vector<grpc::Slice> sums;
   sums.reserve(batch_.jobs.size());
-  for (const Job& job : batch_.jobs) {
+  for (Job& job : batch_.jobs) {
     const size_t elements = static_cast<size_t>(job.rows) * width;
     grpc_slice sum = grpc_slice_malloc(elements * element_size(job.output_dtype));
     convert(GRPC_SLICE_START_PTR(sum), job.output_dtype, from, dtype, elements);
+    if (job.checked) {
+      Checksum checksum = Checksum::of_answer(job.id, kOk);
+      checksum.add_tensor(job.output_dtype, job.rows, width, GRPC_SLICE_START_PTR(sum), GRPC_SLICE_LENGTH(sum));
+      job.checksum = checksum.value();
+    }
     sums.emplace_back(sum, grpc::Slice::STEAL_REF);
     from += elements * element_size(dtype);
   }
@@ -472,6 +476,7 @@ void Server::reply(const void* output, uint32_t dtype) {
     timings.varint(3, batch_.rows);
     answer.message(4, timings);
     answer.raw(load.data().data(), load.data().size());
+    if (job.checked) answer.fixed32(6, job.checksum);
     answer.tensor_header(3, job.output_dtype, job.rows, width, sums[i].size());
     const grpc::Slice slices[] = {grpc::Slice(answer.data()), sums[i]};
     job.call->answer(grpc::ByteBuffer(slices, 2), job.rows, waits_);
@@ -488,9 +493,7 @@ void Server::fail(const std::string& message) {
 
 void Server::fail_jobs(std::vector<Job>* jobs, Code code, const std::string& message, int64_t now) {
   for (Job& job : *jobs) {
-    Writer answer = header(job.id, code, message);
-    put_load(&answer, 5, now);
-    job.call->answer(one_slice(answer.data()), job.rows, waits_);
+    job.call->answer(refused(job, code, message, now), job.rows, waits_);
   }
   jobs->clear();
 }
@@ -503,6 +506,17 @@ Writer Server::header(uint64_t id, Code code, const std::string& message) const 
   answer.varint(1, id);
   answer.message(2, status);
   return answer;
+}
+
+grpc::ByteBuffer Server::refused(const Job& job, Code code, const std::string& message, int64_t now) {
+  Writer answer = header(job.id, code, message);
+  put_load(&answer, 5, now);
+  if (job.checked) {
+    Checksum sum = Checksum::of_answer(job.id, code);
+    sum.add_tensor(0, 0, 0, nullptr, 0);
+    answer.fixed32(6, sum.value());
+  }
+  return one_slice(answer.data());
 }
 
 void Server::put_load(Writer* message, uint32_t field, int64_t now) {

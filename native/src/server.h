@@ -4,7 +4,7 @@
 // Threads: the executor's thread polls the completion queue itself while it has nothing to compute, so that a request
 // wakes nobody else. A second thread, the watcher, takes over only while a computation lasts longer than kPatience, and
 // once the executor's thread has left. Exactly one of them polls at any time; one mutex guards all state and is never
-// held while polling, copying rows or running Python.
+// held while polling, copying rows or running Python; the checksum of a request that has one is verified under it.
 #pragma once
 
 #include <grpcpp/alarm.h>
@@ -141,6 +141,7 @@ class Server {
   void note_waits(int64_t now);
   void fail_jobs(std::vector<Job>* jobs, Code code, const std::string& message, int64_t now);
   Writer header(uint64_t id, Code code, const std::string& message) const;
+  grpc::ByteBuffer refused(const Job& job, Code code, const std::string& message, int64_t now);
   void put_load(Writer* message, uint32_t field, int64_t now);
   Load load_at(int64_t now);
 

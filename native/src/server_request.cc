@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
+#include "checksum.h"
 #include "numbers.h"
 
 namespace expertmesh::server {
@@ -33,6 +35,7 @@ struct Request {
   Tensor hidden_states, pair_rows, pair_experts, pair_weights;
   int32_t output_dtype = 0;
   uint64_t timeout_us = 0;
+  std::optional<uint32_t> checksum;
 
   bool read(const Slices& message) {
     Reader reader{Bytes(message)};
@@ -46,8 +49,19 @@ struct Request {
       if (reader.is(6, kBytes)) whole = pair_weights.merge(reader.bytes());
       if (reader.is(7, kVarint)) output_dtype = static_cast<int32_t>(reader.uint32());
       if (reader.is(8, kVarint)) timeout_us = reader.varint();
+      if (reader.is(9, kFixed32)) checksum = reader.uint32();
     }
     return whole && reader.ok();
+  }
+
+  /// Whether it is what its checksum was made of; true where it has none.
+  bool unchanged() const {
+    if (!checksum) return true;
+    Checksum sum = Checksum::of_request(id, timeout_us, layer, static_cast<uint32_t>(output_dtype));
+    for (const Tensor* tensor : {&hidden_states, &pair_rows, &pair_experts, &pair_weights}) {
+      sum.add_tensor(static_cast<uint32_t>(tensor->dtype), tensor->rows, tensor->width, tensor->data);
+    }
+    return sum.value() == *checksum;
   }
 };
 
@@ -167,6 +181,9 @@ std::vector<T> copied(Tensor column) {
 
 bool check(const Request& request, const Served& served, Job* job, Refusal* refusal) {
   Checks checks(refusal);
+  if (!request.unchanged()) {
+    return checks.refuse(kDataLoss, "the request's checksum differs: bytes changed on the way");
+  }
   const auto held = served.held.find(request.layer);
   if (held == served.held.end()) {
     return checks.refuse(kNotFound, "layer " + std::to_string(request.layer) + " is not served here (layers: " +
@@ -195,6 +212,7 @@ Parsed parse(Slices message, const Served& served, int64_t now, Job* job, Refusa
   Request request;
   if (!request.read(job->message)) return Parsed::kMalformed;
   job->id = request.id;
+  job->checked = request.checksum.has_value();
   if (!check(request, served, job, refusal)) return Parsed::kRefused;
   job->layer = request.layer;
   job->rows = request.hidden_states.rows;

@@ -23,6 +23,7 @@ enum Code : uint32_t {
   kUnavailable = 5,
   kDeadlineExceeded = 6,
   kInternal = 7,
+  kDataLoss = 8,
 };
 
 /// What requests may ask for.
@@ -58,6 +59,10 @@ struct Job {
   int64_t arrived_at = 0;
   /// When nobody waits for the answer any more.
   int64_t deadline = 0;
+  /// It came with a checksum, and its answer gets one.
+  bool checked = false;
+  /// Of its answer, once there are sums.
+  uint32_t checksum = 0;
 };
 
 enum class Parsed {
@@ -73,7 +78,7 @@ struct Refusal {
   std::string message;
 };
 
-/// Fills `job` (its id in any case that is not kMalformed) or `refusal`.
+/// Fills `job` (`id` and `checked` in any case that is not kMalformed) or `refusal`.
 Parsed parse(Slices message, const Served& served, int64_t now, Job* job, Refusal* refusal);
 
 }  // namespace expertmesh::server

@@ -102,8 +102,10 @@ class GrpcTransport:
         timeout_s: float = 30.0,
         tls: TlsFiles | None = None,
         directory_tls: TlsFiles | None = None,
+        checksums: bool = False,
     ) -> None:
         self._fingerprint = fingerprint
+        self._checksums = checksums
         self._timeout_s = timeout_s
         self._tls = CurrentTls(tls) if tls else None
         self._streams: dict[str, ReplicaStream] = {}
@@ -134,7 +136,7 @@ class GrpcTransport:
         self._links.close()
 
     async def _open(self, address: str, live: LiveReplica) -> ReplicaStream:
-        stream = ReplicaStream(address, self._fingerprint, live, self._tls)
+        stream = ReplicaStream(address, self._fingerprint, live, self._tls, self._checksums)
         known = self._replicas.snapshot()
         self._streams = {key: one for key, one in self._streams.items() if key in known}
         self._streams[live.replica_id] = stream
@@ -163,7 +165,7 @@ def _request(
 def _to_answer(request: pb.DispatchRequest, reply: Reply) -> Answer:
     """Checks the response against what was asked: another shape or type counts as a failure of the replica."""
     response = reply.response
-    if response is None:
+    if response is None or reply.code != pb.CODE_OK:
         return Answer(reply.code, reply.message)
     if response.status.code != pb.CODE_OK:
         return Answer(response.status.code, response.status.message)

@@ -124,10 +124,11 @@ class NativeTransport:
         timeout_s: float = 30.0,
         tls: TlsFiles | None = None,
         directory_tls: TlsFiles | None = None,
+        checksums: bool = False,
     ) -> None:
         self._tls = CurrentTls(tls) if tls else None
         server_name = (tls.server_name or "") if tls else ""
-        self._client = expertmesh_native.Client(CHANNEL_OPTIONS, fingerprint, timeout_s, server_name)
+        self._client = expertmesh_native.Client(CHANNEL_OPTIONS, fingerprint, timeout_s, server_name, checksums)
         # no thread may be inside the extension when the interpreter goes
         self._finalizer = weakref.finalize(self, self._client.close)
         self._numbers: dict[str, int] = {}

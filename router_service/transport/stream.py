@@ -15,6 +15,7 @@ import grpc.aio
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import FINGERPRINT_KEY, open_channel
+from expertmesh.wire.checksum import find_change, request_checksum
 from expertmesh.wire.tls import CurrentTls
 from router_service.latency import Latency
 from router_service.replicas import LiveReplica
@@ -23,7 +24,7 @@ from router_service.transport.pulse import NO_LAYER, Answered
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A response, or why there is none."""
+    """A response, or why there is none or it is not to be believed."""
 
     response: pb.DispatchResponse | None
     code: pb.Code.ValueType = pb.CODE_OK
@@ -44,8 +45,16 @@ class Waiting:
 class ReplicaStream:
     """Lives on one event loop. Any number of requests may be open; replies are matched by id."""
 
-    def __init__(self, address: str, fingerprint: str, live: LiveReplica, tls: CurrentTls | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        fingerprint: str,
+        live: LiveReplica,
+        tls: CurrentTls | None = None,
+        checksums: bool = False,
+    ) -> None:
         self._live = live
+        self._checksums = checksums
         self._channel = open_channel(address, tls)
         stub = pb_grpc.ExpertServiceStub(self._channel)
         self._call: Any = stub.Dispatch(metadata=((FINGERPRINT_KEY, fingerprint),))
@@ -62,6 +71,8 @@ class ReplicaStream:
         if self._why_ended is not None:
             on_reply(Reply(None, pb.CODE_UNAVAILABLE, self._why_ended))
             return request.id
+        if self._checksums:
+            request.checksum = request_checksum(request)
         rows = request.hidden_states.rows
         self._live.rows_under_way += rows
         self._live.rows_sent += rows
@@ -92,6 +103,9 @@ class ReplicaStream:
         reason = "its stream was closed"
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
+                if response is None:  # what grpc.aio gives for bytes that are no message
+                    reason = "it sent an answer that is no DispatchResponse"
+                    return reason
                 self._receive(response)
             reason = "the replica ended the stream"
         except grpc.aio.AioRpcError as error:
@@ -124,6 +138,9 @@ class ReplicaStream:
         live = self._live
         live.rows_under_way -= waiting.rows
         live.queued_rows = max(0, response.load.queued_rows - live.rows_under_way)
+        if self._checksums and (change := find_change(response)):
+            waiting.on_reply(Reply(response, pb.CODE_DATA_LOSS, change))
+            return
         round_trip_s = time.monotonic() - waiting.sent_at
         if response.status.code == pb.CODE_OK:
             self._latency.note(waiting.rows, round_trip_s)

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from request_bytes import HIDDEN, REQUEST, mutated
 
 from expertmesh.v1 import expert_pb2 as pb
+from expertmesh.wire.checksum import answer_checksum, find_change
 from expertmesh.wire.tensors import encode
 from fuzz.run import Fault
 from router_service.transport.grpc_transport import _to_answer
@@ -49,6 +50,8 @@ def odd_answer(chance: random.Random) -> bytes:
         answer.output.data = chance.randbytes(chance.choice([0, 1, 4, 256, 60_000]))
     if not usual():
         answer.ClearField("output")
+    if usual():
+        answer.checksum = answer_checksum(answer) if usual() else chance.choice(NUMBERS)
     whole = answer.SerializeToString()
     return mutated(chance, whole) if chance.random() < 0.5 else whole
 
@@ -59,12 +62,13 @@ def verdict(message: bytes) -> str:
         response = pb.DispatchResponse.FromString(message)
     except DecodeError:
         return "no message"
+    change = find_change(response)
     answer = _to_answer(REQUEST, Reply(response))
     if answer.code == pb.CODE_OK:
         output = answer.output
         if output is None or output.shape != (ROWS, HIDDEN) or output.dtype != torch.float32:
             raise Fault(f"{message.hex()[:4000]}: taken, but not what was asked for")
-    return f"code {answer.code}"
+    return "not believed with checksums" if change else f"code {answer.code}"
 
 
 class Answers:

@@ -19,6 +19,7 @@ from tiny_models import EXPERTS, make_checkpoint
 from expert_service.replica import Replica
 from expertmesh.artifact.prepare import prepare
 from expertmesh.v1 import expert_pb2 as pb
+from expertmesh.wire.checksum import request_checksum
 from expertmesh.wire.tensors import decode, encode
 from fuzz.run import Fault, Hang
 
@@ -56,6 +57,8 @@ def odd_request(chance: random.Random) -> bytes:
             tensor.width = chance.choice(NUMBERS)
         if not usual(0.95):
             tensor.data = chance.randbytes(chance.choice([0, 1, 3, 4, 256, 60_000]))
+    if not usual(0.5):
+        request.checksum = request_checksum(request) if usual() else chance.choice(NUMBERS)
     return request.SerializeToString()
 
 
@@ -73,7 +76,7 @@ def comparable(answer: tuple[object, ...]) -> tuple[object, ...]:
     tensor = pb.Tensor.FromString(output)
     if tensor.data:
         tensor.CopyFrom(encode(torch.nan_to_num(decode(tensor), math.nan, math.inf, -math.inf)))
-    return *answer[:3], tensor.SerializeToString()
+    return *answer[:3], tensor.SerializeToString(), answer[4]
 
 
 class Requests:

@@ -43,7 +43,8 @@ from router_service.dispatcher import Dispatcher
 
 MARK = "loadtest-faults"
 PATIENCE_S = 60.0
-CORRUPTIONS = ["rows", "dtype", "nan"]
+CORRUPTIONS = ["rows", "dtype", "nan", "checksum"]
+REASONS = {"rows": "error", "dtype": "error", "nan": "not_finite", "checksum": "checksum"}
 HIDDEN_SIZE = 256
 
 
@@ -77,9 +78,8 @@ def processes(demo_artifact: Path, tmp_path: Path) -> Iterator[Processes]:
 
     _, directory = start("expertmesh.directory")
     config = tmp_path / "cluster.yaml"
-    config.write_text(
-        yaml.safe_dump({"model": {"artifact": str(demo_artifact)}, "groups": [{"name": "a", "experts": "0-15"}]})
-    )
+    described = {"model": {"artifact": str(demo_artifact)}, "groups": [{"name": "a", "experts": "0-15"}]}
+    config.write_text(yaml.safe_dump(described | {"engine": {"checksums": True}}))
     record = Record(
         name="ours", config=str(config), dashboard="", http="", directory=directory, model="demo", marker=MARK
     )
@@ -298,10 +298,11 @@ def test_corrupt(processes: Processes, demo_artifact: Path, what: str, transport
     (real,) = processes.replicas()
     directory = processes.record.directory
     made = injector(processes.record, {"kind": "corrupt", "at_s": 0, "group": "a", "for_s": 600, "what": what})
-    with running_dispatcher(demo_artifact, directory, transport) as router:
+    with running_dispatcher(demo_artifact, directory, transport, checksums=True) as router:
         expected = step(router)
         made.start(Clock(time.monotonic()), 0)
         find_out(router, directory, {real.replica_id}, expected)
+        assert router.replicas.suspensions()["since_start"]["a"].keys() >= {REASONS[what]}
         (done,) = made.stop()
         assert (done.kind, done.target, done.error) == ("corrupt", real.replica_id, "") and done.until_s is not None
         assert members(directory) == {real.replica_id}
@@ -334,6 +335,29 @@ def test_a_corrupt_replica_shows_the_certificate_of_the_cluster(
             real.stop()
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_sums_that_only_a_checksum_tells_are_used_without(
+    processes: Processes, demo_artifact: Path, transport: str
+) -> None:
+    processes.start_replica()
+    (real,) = processes.replicas()
+    directory = processes.record.directory
+    with running_dispatcher(demo_artifact, directory, transport) as router:
+        expected = step(router)
+        with corrupt_replica(real, "checksum", directory, None) as made:
+            until(lambda: not torch.equal(step(router), expected))
+        assert made.answers > 0 and not router.replicas.suspensions()["since_start"]
+
+
+def test_what_no_router_would_notice_is_refused(processes: Processes) -> None:
+    processes.start_replica()
+    config = Path(processes.record.config)
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"engine": {}}))
+    corrupt = {"kind": "corrupt", "at_s": 0, "group": "a", "for_s": 600, "what": "checksum"}
+    (done,) = inject(processes.record, 1.0, corrupt)
+    assert done.error == "corrupt: checksum: without engine.checksums the wrong sums would be used"
+
+
 def test_others_never_hit_a_corrupt_replica(processes: Processes) -> None:
     """Which of a group's replicas is meant does not depend on it."""
     processes.start_replica()
@@ -360,7 +384,7 @@ def test_a_served_router_finds_a_corrupt_replica_out(cluster: Cluster, demo_arti
     real = members(record.directory)
     usual = complete()
     made = injector(record, {"kind": "corrupt", "at_s": 0, "group": "b", "for_s": 600, "what": what})
-    with running_dispatcher(demo_artifact, record.directory) as router:
+    with running_dispatcher(demo_artifact, record.directory, checksums=True) as router:
         expected = step(router)
         made.start(Clock(time.monotonic()), 0)
         try:

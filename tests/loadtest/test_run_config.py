@@ -64,8 +64,8 @@ def workload(text: str) -> str:
         (TARGET + STAGES + "faults: [{at_s: 1, kind: kill}]", "faults.0: kill: group: is missing"),
         (TARGET + STAGES + "faults: [{at_s: 1, kind: corrupt, group: a}]", "faults.0: corrupt: for_s: is missing"),
         (
-            TARGET + STAGES + "faults: [{at_s: 1, kind: corrupt, group: a, for_s: 1, what: checksum}]",
-            "faults.0.what: Input should be 'rows', 'dtype' or 'nan'",
+            TARGET + STAGES + "faults: [{at_s: 1, kind: corrupt, group: a, for_s: 1, what: id}]",
+            "faults.0.what: Input should be 'rows', 'dtype', 'nan' or 'checksum'",
         ),
         (TARGET + STAGES + "objectives: {ttft_ms: -3}", "objectives.ttft_ms: Input should be greater than 0"),
         (TARGET + STAGES + "a: b: c", "not YAML"),

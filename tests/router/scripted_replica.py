@@ -15,6 +15,7 @@ from expertmesh.directory.client import METADATA
 from expertmesh.v1 import directory_pb2, directory_pb2_grpc
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.channel import PROTOCOL_VERSION
+from expertmesh.wire.checksum import answer_checksum
 from expertmesh.wire.tensors import DTYPES, decode, encode
 from router_service.transport.pulse import NO_LAYER
 
@@ -39,9 +40,16 @@ def weighted(request: pb.DispatchRequest) -> torch.Tensor:
 
 def success(request: pb.DispatchRequest) -> pb.DispatchResponse:
     timings = pb.Timings(queue_us=7, compute_us=11, batch_rows=request.hidden_states.rows)
-    return pb.DispatchResponse(
+    response = pb.DispatchResponse(
         id=request.id, status=pb.Status(code=pb.CODE_OK), output=encode(weighted(request)), timings=timings
     )
+    return checked(response) if request.HasField("checksum") else response
+
+
+def checked(response: pb.DispatchResponse) -> pb.DispatchResponse:
+    """With the checksum that belongs to it."""
+    response.checksum = answer_checksum(response)
+    return response
 
 
 def obliging(request: pb.DispatchRequest) -> Iterator[bytes]:

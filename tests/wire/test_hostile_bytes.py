@@ -13,7 +13,7 @@ import pytest
 import torch
 from marks import needs_native
 from mesh import group_args
-from request_bytes import HIDDEN, WHOLE, floats, is_hasty, mutated, nested_groups, said, tag, varint
+from request_bytes import HIDDEN, REQUEST, WHOLE, checked, floats, is_hasty, mutated, nested_groups, said, tag, varint
 from tiny_models import EXPERTS, make_checkpoint
 
 from expert_service.replica import Replica
@@ -60,6 +60,12 @@ CASES = {
     "negative dtype": WHOLE + tag(7, 0) + b"\xff" * 9 + b"\x01",
     "dtype of 33 bits": WHOLE + tag(7, 0) + varint(2**32 + 2),
     "timeout of 2^64": WHOLE + tag(8, 0) + b"\xff" * 9 + b"\x01",
+    "checksum": checked(REQUEST).SerializeToString(),
+    "another checksum": WHOLE + tag(9, 5) + bytes(4),
+    "checksum that comes twice": WHOLE + tag(9, 5) + bytes(4) + checked(REQUEST).SerializeToString()[-5:],
+    "checksum of another type": WHOLE + tag(9, 0) + varint(7),
+    "checksum of three bytes": WHOLE + tag(9, 5) + bytes(3),
+    "checksum of a request that is refused": checked(pb.DispatchRequest(id=3, layer=77)).SerializeToString(),
     "zeros": bytes(1000),
     "ones": b"\xff" * 1000,
     "text": b"GET / HTTP/1.1\r\nHost: replica\r\n\r\n",
@@ -97,6 +103,30 @@ def test_both_servers_say_the_same(servers: dict[str, Replica], case: str) -> No
     compare(servers, [CASES[case]])
 
 
+def test_a_checksum_is_verified_and_answered_with_one(servers: dict[str, Replica]) -> None:
+    cases = ("checksum", "another checksum", "checksum of a request that is refused", "whole")
+    right, wrong, refused, without = said(servers["native"], [CASES[case] for case in cases])
+    assert right[1] == pb.CODE_OK and right[4] is True
+    assert wrong[1:3] == (pb.CODE_DATA_LOSS, "the request's checksum differs: bytes changed on the way") and wrong[4]
+    assert refused[1] == pb.CODE_NOT_FOUND and refused[4] is True
+    assert without[1] == pb.CODE_OK and without[4] is None
+
+
+def test_no_bit_of_a_request_with_a_checksum_changes_a_sum(servers: dict[str, Replica]) -> None:
+    """Each bit flipped alone, of rows, pairs, header and checksum: what comes back is not believed, or is right."""
+    message = checked(REQUEST).SerializeToString()
+    flipped = [bytes(message[:at]) + bytes([message[at] ^ 1 << bit]) + message[at + 1 :]
+               for at in range(len(message)) for bit in range(8)]  # fmt: skip
+    (right,) = said(servers["python"], [message])
+    codes = set()
+    for name, replica in servers.items():
+        for answer in said(replica, flipped):
+            codes.add(answer[0] if len(answer) == 2 else answer[1])
+            believed = len(answer) == 5 and answer[0] == REQUEST.id and answer[4] is True
+            assert not believed or answer[1] == pb.CODE_DATA_LOSS or answer == right, (name, answer)
+    assert pb.CODE_DATA_LOSS in codes and grpc.StatusCode.INVALID_ARGUMENT in codes
+
+
 def test_both_servers_say_the_same_to_every_beginning_of_a_request(servers: dict[str, Replica]) -> None:
     lengths = [*range(40), *range(len(WHOLE) - 90, len(WHOLE) + 1)]
     codes = compare(servers, [WHOLE[:length] for length in lengths])
@@ -105,7 +135,7 @@ def test_both_servers_say_the_same_to_every_beginning_of_a_request(servers: dict
 
 def test_both_servers_say_the_same_to_mutated_requests(servers: dict[str, Replica]) -> None:
     chance = random.Random(11)
-    messages = [mutated(chance) for _ in range(400)]
+    messages = [mutated(chance, checked(REQUEST).SerializeToString() if n % 2 else WHOLE) for n in range(400)]
     codes = compare(servers, [message for message in messages if not is_hasty(message)])
     assert {grpc.StatusCode.INVALID_ARGUMENT, pb.CODE_INVALID_ARGUMENT, pb.CODE_NOT_FOUND, pb.CODE_OK} <= codes
 

@@ -50,10 +50,12 @@ def directory() -> Iterator[str]:
 @contextmanager
 def mesh(
     artifact: Path, directory: str, router: str, server: str, groups: list[set[int]], tls: TlsFiles | None = None,
-    **more: object,
+    checksums: bool = False, **more: object,
 ) -> Iterator[tuple[Dispatcher, list[Replica]]]:  # fmt: skip
     """A dispatcher and one replica per group."""
-    settings = RouterSettings.model_validate({"directory": directory, "transport": router, "tls": tls})
+    settings = RouterSettings.model_validate(
+        {"directory": directory, "transport": router, "tls": tls, "checksums": checksums}
+    )
     live = LiveReplicas()
     with ExitStack() as stack:
         transport = open_transport(settings, read_manifest(artifact).fingerprint, live)
@@ -99,6 +101,16 @@ def test_every_pairing_gives_the_same_bits(
             assert torch.equal(step(made, tokens, dtype, seed), reference[seed]), (tokens, dtype)
         assert all(replica.load().rows_total for replica in replicas)
         assert not any(replica.endpoint.streams().waiting for replica in replicas)
+
+
+def test_checksums_agree_in_every_pairing(
+    artifact: Path, directory: str, reference: list[torch.Tensor], router: str, server: str
+) -> None:
+    """Messages in one slice and in many: each end finds the other's checksums right, and nothing is sent twice."""
+    with mesh(artifact, directory, router, server, divide(EXPERTS, 3), checksums=True) as (made, _):
+        for seed, (tokens, dtype) in enumerate(STEPS):
+            assert torch.equal(step(made, tokens, dtype, seed), reference[seed]), (tokens, dtype)
+        assert made.counters.resent_rows == 0 and not made.replicas.suspensions()["since_start"]
 
 
 def test_rows_cross_under_tls(

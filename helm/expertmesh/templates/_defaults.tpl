@@ -13,6 +13,7 @@
     "max_replicas": 1,
     "wait_for_experts_s": 60.0,
     "degrade_after_s": null,
+    "checksums": false,
     "max_requests": 1024,
     "max_body_mib": 8.0,
     "kwargs": {}

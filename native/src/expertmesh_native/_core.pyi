@@ -27,6 +27,7 @@ class Client:
         fingerprint: str,
         timeout_s: float,
         server_name: str,
+        checksums: bool,
         /,
     ) -> None: ...
     def event_fd(self) -> int: ...

@@ -6,6 +6,7 @@
 #include <random>
 
 #include "../answer.h"
+#include "../checksum.h"
 
 using namespace expertmesh;
 
@@ -27,6 +28,7 @@ std::string made_answer(std::mt19937& random) {
   answer.raw(data.data(), data.size());
   answer.message(4, timings);
   answer.message(5, load);
+  if (random() % 2 == 0) answer.fixed32(6, random());
   return answer.data();
 }
 
@@ -44,7 +46,7 @@ void damage(std::string& bytes, std::mt19937& random) {
         bytes.insert(at, random() % 12, '\xff');
         break;
       default:
-        bytes.insert(at, 1 + random() % 150, static_cast<char>(8 * (1 + random() % 6) + 3));  // groups in groups
+        bytes.insert(at, 1 + random() % 150, static_cast<char>(8 * (1 + random() % 7) + 3));  // groups in groups
     }
   }
 }
@@ -59,10 +61,17 @@ Slices cut(const std::string& bytes, std::mt19937& random) {
   return slices;
 }
 
+uint32_t checksum(const Answer& answer) {
+  Checksum sum = Checksum::of_answer(answer.id, answer.code);
+  sum.add_tensor(answer.dtype, answer.rows, answer.width, answer.output);
+  return sum.value();
+}
+
 bool same(const Answer& a, const Answer& b) {
   return a.id == b.id && a.code == b.code && a.message == b.message && a.dtype == b.dtype && a.rows == b.rows &&
          a.width == b.width && a.output.text() == b.output.text() && a.queue_us == b.queue_us &&
-         a.compute_us == b.compute_us && a.queued_rows == b.queued_rows;
+         a.compute_us == b.compute_us && a.queued_rows == b.queued_rows && a.checksum == b.checksum &&
+         checksum(a) == checksum(b);
 }
 
 /// Whether it is well-formed; ends the program where the cuts matter.

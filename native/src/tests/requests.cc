@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <random>
 
+#include "../checksum.h"
 #include "../server_call.h"
 #include "../server_request.h"
 
@@ -26,25 +27,31 @@ Served make_served() {
   return served;
 }
 
-void put_tensor(Writer& request, uint32_t field, uint32_t dtype, uint32_t rows, uint32_t width, std::mt19937& random) {
+void put_tensor(Writer& request, Checksum& sum, uint32_t field, uint32_t dtype, uint32_t rows, uint32_t width,
+                std::mt19937& random) {
   std::string data(size_t{rows} * width * (dtype == 2 || dtype == 3 ? 2 : 4), '\0');
   // small numbers, so that many rows and experts exist
   for (size_t i = 0; i < data.size(); i += 4) data[i] = static_cast<char>(random() % 4);
   request.tensor_header(field, dtype, rows, width, data.size());
   request.raw(data.data(), data.size());
+  sum.add_tensor(dtype, rows, width, data.data(), data.size());
 }
 
 std::string made_request(std::mt19937& random) {
   const uint32_t rows = random() % 7, pairs = rows == 0 ? 0 : random() % 9;
+  const uint64_t id = uint64_t{random()} << random() % 33, timeout_us = uint64_t{random()} << random() % 33;
+  const uint32_t layer = random() % 3 == 0 ? 7 : 0, output_dtype = 1 + random() % 3;
+  Checksum sum = Checksum::of_request(id, timeout_us, layer, output_dtype);
   Writer request;
-  request.varint(1, uint64_t{random()} << random() % 33);
-  request.varint(2, random() % 3 == 0 ? 7 : 0);
-  put_tensor(request, 3, 1 + random() % 4, rows, random() % 16 == 0 ? 4 : kWidth, random);
-  put_tensor(request, 4, 4, pairs, 1, random);
-  put_tensor(request, 5, 4, pairs, 1, random);
-  put_tensor(request, 6, 1, pairs, 1, random);
-  request.varint(7, 1 + random() % 3);
-  request.varint(8, uint64_t{random()} << random() % 33);
+  request.varint(1, id);
+  request.varint(2, layer);
+  put_tensor(request, sum, 3, 1 + random() % 4, rows, random() % 16 == 0 ? 4 : kWidth, random);
+  put_tensor(request, sum, 4, 4, pairs, 1, random);
+  put_tensor(request, sum, 5, 4, pairs, 1, random);
+  put_tensor(request, sum, 6, 1, pairs, 1, random);
+  request.varint(7, output_dtype);
+  request.varint(8, timeout_us);
+  if (random() % 2 == 0) request.fixed32(9, sum.value() + (random() % 8 == 0));
   return request.data();
 }
 
@@ -65,7 +72,7 @@ void damage(std::string& bytes, std::mt19937& random) {
         bytes.insert(at, random() % 12, '\xff');
         break;
       default:
-        bytes.insert(at, 1 + random() % 150, static_cast<char>(8 * (1 + random() % 9) + 3));  // groups in groups
+        bytes.insert(at, 1 + random() % 150, static_cast<char>(8 * (1 + random() % 10) + 3));  // groups in groups
     }
   }
 }
@@ -81,7 +88,7 @@ Slices cut(const std::string& bytes, std::mt19937& random) {
 }
 
 bool same(const Job& a, const Job& b) {
-  return a.id == b.id && a.layer == b.layer && a.rows == b.rows && a.dtype == b.dtype &&
+  return a.id == b.id && a.checked == b.checked && a.layer == b.layer && a.rows == b.rows && a.dtype == b.dtype &&
          a.output_dtype == b.output_dtype && a.hidden_states.text() == b.hidden_states.text() &&
          a.pairs.rows == b.pairs.rows && a.pairs.experts == b.pairs.experts && a.deadline == b.deadline &&
          std::equal(a.pairs.weights.begin(), a.pairs.weights.end(), b.pairs.weights.begin(), b.pairs.weights.end(),
