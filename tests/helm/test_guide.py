@@ -29,7 +29,20 @@ LISTS = {
     "groups": list(GroupSection.model_fields),
     "expertPools": [str(field.alias) for field in ExpertPool.model_fields.values()],
 }
-KUBECTL = {"annotate", "create", "delete", "describe", "exec", "get", "label", "logs", "patch", "port-forward"}
+KUBECTL = {
+    "annotate",
+    "cp",
+    "create",
+    "delete",
+    "describe",
+    "exec",
+    "get",
+    "label",
+    "logs",
+    "patch",
+    "port-forward",
+    "wait",
+}
 HELM = {"get", "history", "install", "lint", "repo", "rollback", "template", "test", "uninstall", "upgrade"}
 
 
@@ -56,7 +69,7 @@ def of(program: str) -> list[list[str]]:
 
 
 def test_every_command_is_of_a_known_program() -> None:
-    known = {"expertmesh", "helm", "kubectl", "tools/image", "docker", "curl", "cp", "mkdir", "sed"}
+    known = {"expertmesh", "helm", "kubectl", "tools/image", "docker", "kind", "curl", "cp", "diff", "mkdir", "sed"}
     assert {words(line)[0] for line in commands()} == known
 
 
