@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 
 from expertmesh.cli import app
 from expertmesh.config import GroupSection
@@ -127,6 +128,23 @@ def run(checkout: Path, line: str) -> str:
     )
     assert done.returncode == 0, f"{line}: {done.stderr}"
     return done.stdout
+
+
+def test_the_first_try_needs_what_it_says() -> None:
+    """What the demo's pods ask for together, those of each pool as many as there are at first."""
+    rendered = objects(template(CHART / "examples" / "demo-cpu.yaml"))
+    (cluster,) = (one["spec"]["rayClusterConfig"] for one in rendered if one["kind"] == "RayService")
+    (job,) = (one["spec"]["template"]["spec"] for one in rendered if one["kind"] == "Job")
+    pods = [(1, cluster["headGroupSpec"]["template"]["spec"]), (1, job)]
+    pods += [(group["minReplicas"], group["template"]["spec"]) for group in cluster["workerGroupSpecs"]]
+    requests = [(count, one["resources"]["requests"]) for count, pod in pods for one in pod["containers"]]
+    requests.append((1, cluster["autoscalerOptions"]["resources"]["requests"]))
+    cpus, bytes_ = (
+        sum(count * parse_quantity(one[resource]) for count, one in requests) for resource in ("cpu", "memory")
+    )
+    assert (float(cpus), float(bytes_) / 2**30) == (6.5, 18.5)
+    assert "ask for 6.5 CPUs and 18.5 GiB" in (CHART / "examples" / "demo-cpu.yaml").read_text().replace("\n# ", " ")
+    assert "with 7 CPUs and 20 GiB to spare" in GUIDE
 
 
 def test_what_can_run_here_runs(checkout: Path) -> None:
