@@ -126,9 +126,14 @@ def size_bytes(engine: list[str], tag: str) -> int:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     mounter = subprocess.run([*engine, "from", "--pull-never", tag], capture_output=True, text=True, check=True)
     container = mounter.stdout.strip()
+    count = ["sh", "-c", 'du -sxB1 "$MOUNTED"']
     try:
-        mounted = subprocess.run([*engine, "mount", container], capture_output=True, text=True, check=True).stdout
-        counted = subprocess.run(["du", "-sxB1", mounted.strip()], capture_output=True, text=True, check=True).stdout
+        if os.geteuid():  # who is not root sees an image's files in a user namespace alone
+            command, environment = [*engine, "unshare", "--mount", f"MOUNTED={container}", *count], os.environ.copy()
+        else:
+            mounted = subprocess.run([*engine, "mount", container], capture_output=True, text=True, check=True).stdout
+            command, environment = count, os.environ | {"MOUNTED": mounted.strip()}
+        counted = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         return int(counted.split()[0])
     finally:
         subprocess.run([*engine, "rm", container], stdout=subprocess.DEVNULL, check=False)
