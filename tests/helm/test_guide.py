@@ -166,7 +166,8 @@ def test_what_can_run_here_runs(checkout: Path) -> None:
             kinds = [one["kind"] for one in objects(template(values, release=command[2], settings=pairs))]
             assert "RayService" in kinds
         elif command[1] == "lint":
-            helm("lint", "--strict", str(CHART), "-f", str(values))
+            done = run(checkout, shlex.join([str(tool("helm")), *command[1:]]) + " 2>&1")
+            assert "0 chart(s) failed" in done and "funcMap fail" not in done
     key = next(line for line in commands() if line.startswith("export OPENAI_API_KEY="))
     assert run(checkout, f"{key}; echo $OPENAI_API_KEY").startswith("em-")
 
