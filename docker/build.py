@@ -3,8 +3,8 @@
     tools/image [cpu|gpu] [--tag NAME] [--base NAME@sha256:DIGEST | --stand-in] [--engine ENGINE]
 
 Where no image registry is reached, `--stand-in` builds with buildah on a base made of Debian's packages by debootstrap,
-under the real base's name. What pip is configured to do here (index, certificates, wheels in a `find-links` folder) it
-also does in the build, through secrets and a build context of their own, of which nothing stays in the image.
+under the real base's name. As pip is configured to reach an index here (address, proxy, certificates, wheels in a
+`find-links` folder), so it does in the build, through secrets and a build context of which nothing stays in the image.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ HOW = (
     f"`docker buildx imagetools inspect {DEFAULT_BASE}` or `skopeo inspect docker://{DEFAULT_BASE}` prints; "
     "or build on a --stand-in"
 )
-LOCAL_KEYS = ("find-links", "constraint", "cert", "extra-index-url", "index-url")
-"""Of pip's configuration: may name files of this machine, or be without meaning for locked packages."""
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+"""Of torch's CPU build, for who has configured no index: it is on no other public one."""
+KEPT_KEYS = ("default-timeout", "proxy", "retries", "timeout", "trusted-host")
+"""Of pip's configuration, as it is: how an index is reached. The rest (`install.user`) is of this machine."""
 
 
 def main() -> None:
@@ -68,8 +70,10 @@ def build(engine: list[str], target: str, tag: str, base: str, stand_in: bool, f
     arguments = {"BASE_IMAGE": name, "BASE_DIGEST": digest, "VERSION": version(), "REVISION": revision()}
     command = [*engine, "build", "--file", str(ROOT / "docker" / "Dockerfile"), "--target", target, "--tag", tag]
     command += [part for key, value in arguments.items() for part in ("--build-arg", f"{key}={value}")]
-    command += pip_options(folder)
+    command += pip_options(target, folder)
     environment = os.environ.copy()
+    if engine[0] == "docker":
+        command += ["--load"]  # a builder in a container of its own keeps what it builds otherwise
     if engine[0] == "buildah":
         command += ["--layers=false", "--force-rm", *(["--pull-never"] if stand_in else [])]
         # needs no namespaces of its own, which machines without a container engine may not allow
@@ -78,18 +82,19 @@ def build(engine: list[str], target: str, tag: str, base: str, stand_in: bool, f
         fail(f"{engine[0]} could not build {tag}")
 
 
-def pip_options(folder: Path) -> list[str]:
+def pip_options(target: str, folder: Path) -> list[str]:
     """Secrets and the context `wheels`, made in `folder` from pip's configuration here."""
     found = pip_configuration()
-    lines = [f"{key} = {value}" for key, value in found.items() if key not in LOCAL_KEYS]
-    for key in ("index-url", "extra-index-url"):
-        places = [one for one in found.get(key, "").split() if "://" in one and not one.startswith("file:")]
-        lines += [f"{key} = {' '.join(places)}"] if places else []
+    lines = [f"{key} = {found[key]}" for key in KEPT_KEYS if key in found]
+    indexes = {key: reachable(found.get(key, "")) for key in ("index-url", "extra-index-url")}
     wheels = folder / "wheels"
     wheels.mkdir()
     for place in map(Path, found.get("find-links", "").split()):
         for wheel in place.glob("torch-*.whl") if place.is_dir() else ():
             shutil.copy(wheel, wheels)
+    if target == "cpu" and not any(indexes.values()) and not any(wheels.iterdir()):
+        indexes["extra-index-url"] = [TORCH_CPU_INDEX]
+    lines += [f"{key} = {' '.join(places)}" for key, places in indexes.items() if places]
     options = ["--build-context", f"wheels={wheels}"]
     if "cert" in found:
         options += ["--secret", f"id=ca.crt,src={found['cert']}"]
@@ -98,6 +103,11 @@ def pip_options(folder: Path) -> list[str]:
     configuration.touch(mode=0o600)
     configuration.write_text("\n".join(["[global]", *lines, ""]))
     return [*options, "--secret", f"id=pip.conf,src={configuration}"]
+
+
+def reachable(places: str) -> list[str]:
+    """Those of pip's indexes that are no files of this machine."""
+    return [one for one in places.split() if "://" in one and not one.startswith("file:")]
 
 
 def pip_configuration() -> dict[str, str]:
@@ -116,9 +126,14 @@ def size_bytes(engine: list[str], tag: str) -> int:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     mounter = subprocess.run([*engine, "from", "--pull-never", tag], capture_output=True, text=True, check=True)
     container = mounter.stdout.strip()
+    count = ["sh", "-c", 'du -sxB1 "$MOUNTED"']
     try:
-        mounted = subprocess.run([*engine, "mount", container], capture_output=True, text=True, check=True).stdout
-        counted = subprocess.run(["du", "-sxB1", mounted.strip()], capture_output=True, text=True, check=True).stdout
+        if os.geteuid():  # who is not root sees an image's files in a user namespace alone
+            command, environment = [*engine, "unshare", "--mount", f"MOUNTED={container}", *count], os.environ.copy()
+        else:
+            mounted = subprocess.run([*engine, "mount", container], capture_output=True, text=True, check=True).stdout
+            command, environment = count, os.environ | {"MOUNTED": mounted.strip()}
+        counted = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         return int(counted.split()[0])
     finally:
         subprocess.run([*engine, "rm", container], stdout=subprocess.DEVNULL, check=False)

@@ -35,8 +35,8 @@ CUDA = "cuda-python>=13,<14"
 """The CUDA that torch 2.13 is built for: left alone, the resolver takes an old one whose parts do not fit."""
 LEFT_OUT = {"image-cpu": ("ninja", "opencv-python-headless", "triton")}
 """What text on a CPU does without: a build tool, images and videos, a gigabyte for GPUs."""
-UNLIKE_CPU = {"image-gpu": ("apache-tvm-ffi",)}
-"""Where vLLM's GPU build insists on a version of its own."""
+UNLIKE_CPU = {"image-gpu": ("apache-tvm-ffi", "triton")}
+"""Where vLLM's GPU build, or the torch that it is built for, insists on a version of its own."""
 
 Packages = dict[tuple[str, str], dict[str, set[str]]]
 """(name, version) -> machine -> sha256 of its files."""
@@ -66,7 +66,8 @@ def resolve(
     wanted.write_text("\n".join(requirements()[kind]))
     overrides = folder / "overrides.txt"
     out = LEFT_OUT.get(kind, ())
-    kept = [line for line in (FOLDER / "overrides.txt").read_text().splitlines() if not line.startswith(out or "#")]
+    ours = ("#", *out, *UNLIKE_CPU.get(kind, ()))
+    kept = [line for line in (FOLDER / "overrides.txt").read_text().splitlines() if not line.startswith(ours)]
     overrides.write_text("\n".join([*kept, *(f'{name} ; sys_platform == "never"' for name in out)]))
     lock.unlink(missing_ok=True)
     command = [

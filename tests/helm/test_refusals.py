@@ -155,6 +155,10 @@ GROUP = "cluster.groups[0]"
         ({"tls.mode": "existing"}, "tls.existingSecret: tls.mode is existing, but no Secret is named"),
         ({"model.prepare.source": ""}, "model.prepare.source: the checkpoint is missing"),
         ({"model.prepare.source": "/elsewhere/m"}, "model.prepare.source: /elsewhere/m is not on the model volume"),
+        (
+            {"model.prepare.source": "s3://bucket/m", "model.prepare.download": "/elsewhere/m"},
+            "model.prepare.download: /elsewhere/m is not on the model volume",
+        ),
         ({"ingress.enabled": "true"}, "ingress.host: the host name is missing"),
         ({"httpRoute.enabled": "true"}, "httpRoute.parentRefs: no Gateway is named"),
     ],

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from cryptography import x509
 from kubernetes_testbed import ApiServer, tool
+from test_guide import commands
 
 from expertmesh.api_keys import admits, parse
 from tools.chart.helm import CHART
@@ -108,6 +109,29 @@ def changed_lines(before: str, after: str) -> list[str]:
 
 def without_serve_config(service: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in service["spec"].items() if key != "serveConfigV2"}
+
+
+def test_what_an_upgrade_would_change_is_seen_before(release: Release) -> None:
+    """By the guide's command: nothing but the line of values that was changed, not what is generated."""
+    release.install()
+    (line,) = (one for one in commands() if one.startswith("diff "))
+    for theirs, ours in (
+        ("mixtral", "demo"),
+        ("helm/expertmesh", str(release.chart)),
+        ("-n expertmesh", f"-n {release.namespace}"),
+        ("-f values.yaml", f"-f {CPU} {' '.join(OLD_SERVER)} $CHANGED"),
+    ):
+        assert theirs in line
+        line = line.replace(theirs, ours)
+    seen = []
+    for changed in ("", "--set cluster.groups[0].max_replicas=5"):
+        path = {"PATH": f"{tool('helm').parent}:/usr/bin:/bin", "CHANGED": changed}
+        command = ["bash", "-c", line]
+        environment = release.server.environment | path
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        seen.append([one for one in done.stdout.splitlines() if re.match(r"[-+]\s", one)])
+        assert done.stderr == ""
+    assert seen == [[], ["-          max_replicas: 2", "+          max_replicas: 5"]]
 
 
 def test_an_appended_pool_is_appended(release: Release) -> None:

@@ -68,3 +68,31 @@ def test_the_tool_refuses_what_it_cannot_build(tmp_path: Path, arguments: list[s
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "configured", "found"),
+    [
+        ("cpu", {}, "extra-index-url = https://download.pytorch.org/whl/cpu"),
+        ("gpu", {}, ""),
+        ("cpu", {"PIP_INDEX_URL": "https://pypi.example.com/simple"}, "index-url = https://pypi.example.com/simple"),
+        ("cpu", {"PIP_EXTRA_INDEX_URL": "file:///x https://a/simple"}, "extra-index-url = https://a/simple"),
+        (
+            "gpu",
+            {"PIP_USER": "1", "PIP_PROXY": "http://proxy:3128", "PIP_CONSTRAINT": "x"},
+            "proxy = http://proxy:3128",
+        ),
+        ("cpu", {"PIP_FIND_LINKS": "WHEELS"}, ""),
+    ],
+)
+def test_where_the_build_finds_torch(tmp_path: Path, target: str, configured: dict[str, str], found: str) -> None:
+    """pip's configuration as it becomes the build's secret."""
+    (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").write_bytes(b"")
+    (tmp_path / "made").mkdir()
+    program = f"import build, pathlib; build.pip_options({target!r}, pathlib.Path({str(tmp_path / 'made')!r}))"
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    told = {key: value.replace("WHEELS", str(tmp_path)) for key, value in configured.items()}
+    environment = kept | told | {"PIP_CONFIG_FILE": os.devnull, "PYTHONPATH": str(ROOT / "docker")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert (tmp_path / "made" / "pip.conf").read_text().split("\n")[1:-1] == ([found] if found else [])
+    assert any((tmp_path / "made" / "wheels").iterdir()) == ("PIP_FIND_LINKS" in configured)

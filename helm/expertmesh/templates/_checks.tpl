@@ -171,11 +171,11 @@
 {{- if and .Values.model.prepare.enabled (not .Values.model.prepare.source) -}}
 {{- fail "model.prepare.source: the checkpoint is missing; name it, or switch model.prepare.enabled off where the artifact exists" -}}
 {{- end -}}
-{{- range $key := list "source" "download" -}}
-{{- $path := get $.Values.model.prepare $key -}}
-{{- if and $.Values.model.prepare.enabled (hasPrefix "/" $path) (not (hasPrefix (printf "%s/" $.Values.model.mountPath) $path)) -}}
-{{- fail (printf "model.prepare.%s: %s is not on the model volume, which is mounted at %s" $key $path $.Values.model.mountPath) -}}
-{{- end -}}
+{{- $prepare := .Values.model.prepare -}}
+{{- $key := ternary "source" "download" (hasPrefix "/" $prepare.source) -}}
+{{- $path := get $prepare $key -}}
+{{- if and $prepare.enabled (not (hasPrefix (printf "%s/" .Values.model.mountPath) $path)) -}}
+{{- fail (printf "model.prepare.%s: %s is not on the model volume, which is mounted at %s" $key $path .Values.model.mountPath) -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
 {{- fail "ingress.host: the host name is missing" -}}

@@ -29,6 +29,9 @@ spec:
           if [ -f "$2/manifest.json" ]; then echo "$2 is complete"; exit 0; fi
           {{- if $remote }}
           python -m expertmesh.artifact.fetch "$0" "$1"
+          {{- else }}
+          {{- /* the claim is made with the release, so that nothing can be on it before */}}
+          until [ -e "$1" ]; do echo "waiting for $1, which is not on the volume yet"; sleep 5; done
           {{- end }}
           exec expertmesh prepare "$1" "$2"
         - {{ .source | quote }}
@@ -53,4 +56,9 @@ spec:
   volumes:
     {{- include "expertmesh.commonVolumes" $ | nindent 4 }}
 {{- end }}
+{{- end -}}
+
+{{/* A Job cannot be changed: another one is made where its pod would differ. An artifact that is complete stays. */}}
+{{- define "expertmesh.prepareJob" -}}
+{{- printf "%s-prep-%s" (include "expertmesh.fullname" .) (include "expertmesh.prepareTemplate" . | sha256sum | trunc 8) -}}
 {{- end -}}
