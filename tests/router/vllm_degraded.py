@@ -34,7 +34,7 @@ async def start(artifact: Path, directory: str, scheduler: str, **more: Any) -> 
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    settings = RouterSettings(directory=directory, wait_for_experts_s=30, degrade_after_s=0.3)
+    settings = RouterSettings(directory=directory, wait_for_experts_s=30, degrade_after_s=3)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(artifact / TRUNK_DIRECTORY)])
     engine = engine_settings(settings, scheduler) | more
     for name, value in engine.items():
