@@ -10,11 +10,19 @@ FLOOR_S, UNKNOWN_S, CEILING_S = 0.1, 1.0, 10.0
 
 
 class Latency:
-    """Mean and mean deviation of the round trip for each power of two of rows: the estimator of RFC 6298."""
+    """Mean and mean deviation of the round trip for each power of two of rows: the estimator of RFC 6298.
 
-    def __init__(self) -> None:
-        self._classes: list[tuple[float, float] | None] = [None] * CLASSES
+    Begins with what is known of `peer`, where there is one.
+    """
+
+    def __init__(self, peer: Latency | None = None) -> None:
+        self._classes: list[tuple[float, float] | None] = list(peer._classes) if peer else [None] * CLASSES
         """(mean, deviation), seconds."""
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was noted."""
+        return any(self._classes)
 
     def note(self, rows: int, round_trip_s: float) -> None:
         number = _class_of(rows)

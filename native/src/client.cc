@@ -257,6 +257,10 @@ int Client::open(const std::string& address, const std::string& replica, size_t 
     notify({number, false, "this router is closing"});
     return number;
   }
+  for (const auto& other : streams_) {  // until it has answered itself, it is expected to be like its peers
+    const Stream& peer = *other.second;
+    if (peer.latency.known() && peer.experts == stream->experts) stream->latency = peer.latency;
+  }
   stream->rpc = stream->stub->PrepareCall(&stream->context, kMethod, &queue_);
   stream->rpc->StartCall(stream->tag(Op::start));
   streams_[number] = std::move(stream);

@@ -23,6 +23,11 @@ class Latency {
     known.mean += (taken - known.mean) / 8;
   }
 
+  /// Whether anything was noted.
+  bool known() const {
+    return std::any_of(classes_.begin(), classes_.end(), [](const Estimate& one) { return one.mean >= 0; });
+  }
+
   /// Nanoseconds after which an answer to so many rows is late. What is known of fewer rows is scaled up.
   uint64_t late_after(size_t rows) const {
     const size_t wanted = class_of(rows);

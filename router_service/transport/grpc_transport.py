@@ -136,11 +136,17 @@ class GrpcTransport:
         self._links.close()
 
     async def _open(self, address: str, live: LiveReplica) -> ReplicaStream:
-        stream = ReplicaStream(address, self._fingerprint, live, self._tls, self._checksums)
         known = self._replicas.snapshot()
+        peers = [one.latency for key, one in self._streams.items() if key in known and _alike(known[key], live)]
+        peer = next((one for one in peers if one.known), None)
+        stream = ReplicaStream(address, self._fingerprint, live, self._tls, self._checksums, peer)
         self._streams = {key: one for key, one in self._streams.items() if key in known}
         self._streams[live.replica_id] = stream
         return stream
+
+
+def _alike(one: LiveReplica, other: LiveReplica) -> bool:
+    return one.experts == other.experts
 
 
 def _request(

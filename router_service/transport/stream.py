@@ -52,7 +52,9 @@ class ReplicaStream:
         live: LiveReplica,
         tls: CurrentTls | None = None,
         checksums: bool = False,
+        peer: Latency | None = None,
     ) -> None:
+        """`peer`: of a replica that is like this one, which is expected of it until it has answered itself."""
         self._live = live
         self._checksums = checksums
         self._channel = open_channel(address, tls)
@@ -63,7 +65,7 @@ class ReplicaStream:
         self._unwritten: deque[pb.DispatchRequest] = deque()
         self._writer: asyncio.Task[None] | None = None
         self._why_ended: str | None = None
-        self._latency = Latency()
+        self.latency = Latency(peer)
 
     def send(self, request: pb.DispatchRequest, on_reply: OnReply) -> int:
         """Sends it as soon as what was sent before is written; every failure is a reply too. Returns its id."""
@@ -89,7 +91,7 @@ class ReplicaStream:
 
     def late_after_s(self, rows: int) -> float:
         """From when on an answer to so many rows is late."""
-        return self._latency.late_after_s(rows)
+        return self.latency.late_after_s(rows)
 
     def give_up(self, request_id: int, reply: Reply) -> None:
         """Replies in the replica's stead, unless it has; what it still answers is ignored."""
@@ -143,6 +145,6 @@ class ReplicaStream:
             return
         round_trip_s = time.monotonic() - waiting.sent_at
         if response.status.code == pb.CODE_OK:
-            self._latency.note(waiting.rows, round_trip_s)
+            self.latency.note(waiting.rows, round_trip_s)
         round_trip_us = int(round_trip_s * 1e6)
         waiting.on_reply(Reply(response, round_trip_us=round_trip_us))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -17,7 +18,9 @@ from scripted_replica import FINGERPRINT, LAYER, Script, ScriptedReplica, checke
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.wire.tensors import decode, encode
 from router_service.connection import RouterSettings, open_transport
+from router_service.dispatch.scatter import ReplicaBatch
 from router_service.dispatcher import Dispatcher
+from router_service.latency import UNKNOWN_S
 from router_service.recovery import ExpertsUnavailable, HedgeBudget, RowsLost
 from router_service.replicas import LiveReplica, LiveReplicas
 from router_service.transport.pulse import LOOK_S, LOOKS
@@ -33,7 +36,9 @@ def dispatching(
     wait_s: float = 20.0,
     timeout_s: float = 30.0,
     checksums: bool = False,
+    join: list[Callable[[ScriptedReplica], object]] | None = None,
 ) -> Iterator[Dispatcher]:
+    """`join` gets what makes one more replica join."""
     live = LiveReplicas()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(running_directory())
@@ -44,6 +49,8 @@ def dispatching(
         opened = open_transport(made, FINGERPRINT, live)
         stack.callback(opened.close)
         until(lambda: len(live.snapshot()) == len(replicas))
+        if join is not None:
+            join.append(lambda one: stack.enter_context(one.running(directory)))
         yield Dispatcher(live, opened, wait_s)
 
 
@@ -66,9 +73,9 @@ def sums(rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.
     return rows * (weights * (ids + 1)).sum(1, keepdim=True)
 
 
-def check(made: Dispatcher, seed: int = 0) -> None:
+def check(made: Dispatcher, seed: int = 0, tokens: int = 5) -> None:
     """One layer; its sums must be right, whoever answered."""
-    rows, ids, weights = step(seed)
+    rows, ids, weights = step(seed, tokens)
     result = made.finish(made.start(LAYER, rows, ids, weights))
     torch.testing.assert_close(result, sums(rows, ids, weights))
 
@@ -139,6 +146,25 @@ def test_where_all_are_late_the_first_answer_counts(transport: str) -> None:
         check(made)
         assert made.counters.hedged >= 1
         last.running.set()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_who_has_just_come_is_late_as_soon_as_its_peers_would_be(transport: str) -> None:
+    join: list[Callable[[ScriptedReplica], object]] = []
+    with dispatching(transport, ScriptedReplica("a", EVERY), ScriptedReplica("other", {0}), join=join) as made:
+        for seed in range(WARM):
+            check(made, seed)
+        join[0](ScriptedReplica("alike", EVERY))
+        join[0](ScriptedReplica("unlike", {0, 1}))
+        until(lambda: {"alike", "unlike"} <= made.replicas.snapshot().keys())
+
+        def late_after_s(replica: str) -> float:
+            one = ReplicaBatch(
+                replica, np.zeros(1, np.int64), *(np.zeros(1, np.int32),) * 2, pair_weights=np.ones(1, np.float32)
+            )
+            return made.transport.start(LAYER, torch.ones(1, WIDTH), [one]).late_after_s()
+
+        assert late_after_s("alike") < UNKNOWN_S / 2 < late_after_s("unlike")
 
 
 def not_a_number(request: pb.DispatchRequest) -> Iterator[bytes]:
