@@ -77,7 +77,7 @@ def run_all(names: Sequence[str]) -> dict[str, Any]:
             print(f"benchmarks: {name} …", file=sys.stderr, flush=True)
             file = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", "benchmarks", name, f"--json={file}"]
-            if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+            if _run_apart(command):
                 failed.append(name)
             else:
                 results[name] = json.loads(file.read_text())
@@ -86,6 +86,18 @@ def run_all(names: Sequence[str]) -> dict[str, Any]:
     if failed:
         raise ExpertMeshError(f"failed: {', '.join(failed)}")
     return {**results, "environment": where}
+
+
+def _run_apart(command: Sequence[str]) -> int:
+    """Its exit code. An interrupt is handed on, once, and what the command made has ended before it goes on."""
+    # of a session of its own, so that Ctrl-C does not reach it a second time while it ends
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def _parse() -> argparse.Namespace:

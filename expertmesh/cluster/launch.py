@@ -24,6 +24,7 @@ from expertmesh.directory.client import list_table
 from expertmesh.errors import ArtifactError, ClusterError, ConfigError
 from expertmesh.rebalance.journal import JournalFile
 from expertmesh.resources import check_room, custom_resources, logical_cpus
+from expertmesh.retry import retry
 from expertmesh.v1 import directory_pb2
 
 Show = Callable[[Sequence[Step]], None]
@@ -138,17 +139,10 @@ def deploy(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
 def wait_until_ready(plan: Plan, target: Record, timeout_s: float, show: Show) -> None:
     """Raises ClusterError where an application fails or is late, or Ray's dashboard stays silent."""
     api = ServeApi(target.dashboard, target.token)
-    answered_at = time.monotonic()
-    deadline = answered_at + timeout_s
+    deadline = time.monotonic() + timeout_s
     while True:
-        try:
-            details = api.details()
-        except DashboardSilent:
-            if time.monotonic() > min(answered_at + SILENT_S, deadline):
-                raise
-            time.sleep(0.5)
-            continue
-        answered_at = time.monotonic()
+        patience_s = min(SILENT_S, deadline - time.monotonic())
+        details = retry(api.details, DashboardSilent, patience_s, 0.5)
         reached = steps(plan.applications, details, _table(target))
         show(reached)
         if failed := next((step for step in reached if step.error), None):

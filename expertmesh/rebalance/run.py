@@ -16,6 +16,7 @@ from expertmesh.rebalance.cluster import Cluster, GroupState
 from expertmesh.rebalance.journal import Journal, JournalFile
 from expertmesh.rebalance.steps import Step, make_steps
 from expertmesh.resources import check_room
+from expertmesh.retry import retry
 from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 
@@ -272,14 +273,7 @@ class Rebalance:
 
     def ask(self, call: Callable[[], T]) -> T:
         """Tries again for a while where the cluster does not answer."""
-        deadline = time.monotonic() + self.patience.answer_s
-        while True:
-            try:
-                return call()
-            except ClusterError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(self.patience.poll_s)
+        return retry(call, ClusterError, self.patience.answer_s, self.patience.poll_s)
 
     def _fits(self, states: Mapping[str, GroupState]) -> Callable[[Sequence[GroupSection]], str]:
         nodes = self.ask(self.cluster.nodes)

@@ -137,16 +137,12 @@ class GrpcTransport:
 
     async def _open(self, address: str, live: LiveReplica) -> ReplicaStream:
         known = self._replicas.snapshot()
-        peers = [one.latency for key, one in self._streams.items() if key in known and _alike(known[key], live)]
-        peer = next((one for one in peers if one.known), None)
+        alike = [key for key, one in known.items() if one.experts == live.experts and key in self._streams]
+        peer = next((self._streams[key].latency for key in alike if self._streams[key].latency.known), None)
         stream = ReplicaStream(address, self._fingerprint, live, self._tls, self._checksums, peer)
         self._streams = {key: one for key, one in self._streams.items() if key in known}
         self._streams[live.replica_id] = stream
         return stream
-
-
-def _alike(one: LiveReplica, other: LiveReplica) -> bool:
-    return one.experts == other.experts
 
 
 def _request(
