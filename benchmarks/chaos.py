@@ -13,8 +13,13 @@ fault. Each of the others lasts a minute at least and repeats one fault, SETTLE_
 
 `stall_ms` of one fault is the longest gap between two pieces of one answer from the fault until SETTLE_S after all
 replicas were back, beyond the 99th percentile of the phases without a fault; `first_token_ms_max` is the longest wait
-for a first token meanwhile. `throughput_ratio` compares the tokens of the minute that follows a phase's first fault
-with those of the same minute without, a mean of two. Ray Serve LLM sends what came within 50 ms as one piece.
+for a first token meanwhile. Ray Serve LLM sends what came within 50 ms as one piece.
+
+`throughput_ratio` compares tokens/s of the requests that were sent in the minute from LEAD_S on, when the first fault
+comes, with those of the same requests without a fault, a mean of two: all tokens that came, by the time until the last
+of these answers had ended, as `vllm bench serve` counts. (Tokens that came within the minute would tell of its edges:
+three answers are open at its first.) With arrivals open-loop, requests that fail or a backlog at the end lower it, not
+answers that are slower meanwhile: `answer_time_ratio` compares the mean time of these answers.
 
 `overload`: closed-loop clients, as many as are admitted, find the peak; then thrice as many requests per second as
 that is arrive for OVERLOAD_S. `throughput_ratio` is of tokens/s of whole answers to the peak; `failed_requests` are
@@ -63,7 +68,7 @@ DEVICE = {"teraflops": 1.0, "memory_gb_per_s": 50.0, "overhead_us": 300.0}
 RATE, MAX_TOKENS, PROMPTS, SEED = 1.0, 48, 16, 7
 MAX_REQUESTS = 24
 KILLS, HANGS, PARTITIONS, CORRUPTIONS, KILLS_OF_ONE, RESTARTS = 20, 5, 5, 6, 3, 3
-FOR_S, SETTLE_S, LEAD_S, MINUTE_S = 5.0, 2.0, 5.0, 60.0
+FOR_S, SETTLE_S, LEAD_S, MINUTE_S, TAIL_S = 5.0, 2.0, 5.0, 60.0, 5.0
 OVERLOAD_S, PEAK_S, AFTER_S, BACK_S = 60.0, 20.0, 20.0, 5.0
 READY_S, RETURN_S = 600.0, 120.0
 WHAT: Sequence[Corruption] = ("rows", "dtype", "nan")
@@ -92,9 +97,19 @@ class Phase:
             if any(begin <= ended and ended - length <= end for begin, end in spans)
         ]
 
-    def tokens(self, begin: float, end: float) -> int:
-        """That came between two moments, seconds since the phase began."""
-        return sum(n for one in self.answers for when, n in one.pieces if begin <= when - self.began < end)
+    def of_the_minute(self) -> list[Answer]:
+        """To requests that were sent within MINUTE_S from LEAD_S on."""
+        return [one for one in self.answers if LEAD_S <= one.sent - self.began < LEAD_S + MINUTE_S]
+
+    def tokens_per_s(self) -> float:
+        """Of the minute's answers, until the last of them had ended."""
+        answers = self.of_the_minute()
+        ended = max(one.ended for one in answers)
+        return sum(len(one.tokens) for one in answers) / (ended - self.began - LEAD_S)
+
+    def answer_s(self) -> float:
+        """From sent to ended, mean of the minute's answers, whole or not."""
+        return statistics.mean(one.ended - one.sent for one in self.of_the_minute())
 
 
 Inflict = Callable[[Phase], Awaitable[None]]
@@ -197,7 +212,7 @@ class Chaos:
         answers.append(await complete(self.session, self.target, self.prompts, number % PROMPTS, MAX_TOKENS))
 
     async def nothing(self, phase: Phase) -> None:
-        await asyncio.sleep(LEAD_S + MINUTE_S)
+        await self.last_a_minute(phase)
 
     def each(self, times: int, kind: str) -> Inflict:
         """One fault after another, going round groups and replicas."""
@@ -236,7 +251,8 @@ class Chaos:
         await self.last_a_minute(phase)
 
     async def last_a_minute(self, phase: Phase) -> None:
-        await asyncio.sleep(max(0.0, phase.began + LEAD_S + MINUTE_S - time.perf_counter()))
+        """And TAIL_S, so that other requests come while the minute's last are answered."""
+        await asyncio.sleep(max(0.0, phase.began + LEAD_S + MINUTE_S + TAIL_S - time.perf_counter()))
 
     async def hit(self, phase: Phase, *faults: Fault) -> None:
         """All of them at once; returns when everything is as before."""
@@ -399,7 +415,8 @@ def figures(phases: dict[str, Phase]) -> dict[str, Any]:
     expected = expectations(answers)
     gaps_s = [gap for phase in plain for gap in phase.gaps_s([everything(phase)])]
     p99_s = percentile(gaps_s, 0.99)
-    minute = statistics.mean(phase.tokens(LEAD_S, LEAD_S + MINUTE_S) for phase in plain)
+    tokens_per_s = statistics.mean(phase.tokens_per_s() for phase in plain)
+    answer_s = statistics.mean(phase.answer_s() for phase in plain)
     found: dict[str, Any] = {
         "without": {
             "requests": len(answers),
@@ -407,7 +424,8 @@ def figures(phases: dict[str, Phase]) -> dict[str, Any]:
             "tokens_differing": differing(answers, expected),
             "gap_p99_ms": round(1e3 * p99_s, 1),
             "stall_ms_max": round(1e3 * (max(gaps_s) - p99_s), 1),
-            "tokens_per_s": [round(phase.tokens(LEAD_S, LEAD_S + MINUTE_S) / MINUTE_S, 1) for phase in plain],
+            "tokens_per_s": [round(phase.tokens_per_s(), 2) for phase in plain],
+            "answer_s": [round(phase.answer_s(), 3) for phase in plain],
         }
     }
     for name, phase in phases.items():
@@ -429,7 +447,8 @@ def figures(phases: dict[str, Phase]) -> dict[str, Any]:
             "stall_ms": [round(one) for one in stalls],
             "first_token_ms_max": round(1e3 * max(first), 1),
             "back_s": [round(end - begin - SETTLE_S, 1) for begin, end in phase.faults],
-            "throughput_ratio": round(phase.tokens(LEAD_S, LEAD_S + MINUTE_S) / minute, 4),
+            "throughput_ratio": round(phase.tokens_per_s() / tokens_per_s, 4),
+            "answer_time_ratio": round(phase.answer_s() / answer_s, 4),
         }
     return found
 

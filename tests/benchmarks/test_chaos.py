@@ -47,9 +47,35 @@ def test_failures_and_other_tokens_count() -> None:
     assert found["tokens_differing"] == 2
 
 
+def after_a_fault(phase: Phase) -> dict[str, float]:
+    phase.faults = [(LEAD_S, LEAD_S + 1)]
+    return figures({"without": steady(), "kill_replica": phase})["kill_replica"]
+
+
 def test_throughput_is_that_of_the_minute_after_the_first_fault() -> None:
     phase = steady()
-    phase.faults = [(LEAD_S, LEAD_S + 1)]
     del phase.answers[10:16]
-    found = figures({"without": steady(), "kill_replica": phase})["kill_replica"]
-    assert found["throughput_ratio"] == 0.9
+    assert after_a_fault(phase)["throughput_ratio"] == 0.9
+
+
+def test_how_much_is_open_at_the_minutes_begin_does_not_count() -> None:
+    phase = steady()
+    last_before = int(LEAD_S) - 1
+    phase.answers[last_before] = answer(last_before, [0.8] * 3)
+    assert after_a_fault(phase)["throughput_ratio"] == 1
+
+
+def test_a_backlog_at_the_minutes_end_counts() -> None:
+    phase = steady()
+    phase.answers[-1] = answer(LEAD_S + MINUTE_S - 1, [3.0, 2.0, 0.05])
+    found = after_a_fault(phase)
+    usual_s, with_it_s = MINUTE_S - 1 + 0.25, MINUTE_S - 1 + 5.15
+    assert found["throughput_ratio"] == round(usual_s / with_it_s, 4)
+    assert found["answer_time_ratio"] == round((59 * 0.25 + 5.15) / (60 * 0.25), 4)
+
+
+def test_slower_answers_show_in_their_time_alone() -> None:
+    phase = steady()
+    phase.answers[10:40] = [answer(float(second), [0.15] * 3) for second in range(10, 40)]
+    found = after_a_fault(phase)
+    assert (found["throughput_ratio"], found["answer_time_ratio"]) == (1, round((0.25 + 0.55) / 2 / 0.25, 4))
