@@ -21,9 +21,11 @@ of these answers had ended, as `vllm bench serve` counts. (Tokens that came with
 three answers are open at its first.) With arrivals open-loop, requests that fail or a backlog at the end lower it, not
 answers that are slower meanwhile: `answer_time_ratio` compares the mean time of these answers.
 
-`overload`: closed-loop clients, as many as are admitted, find the peak; then thrice as many requests per second as
-that is arrive for OVERLOAD_S. `throughput_ratio` is of tokens/s of whole answers to the peak; `failed_requests` are
-those with another error than 429; stalls are those of the usual load from 5 s after the overload on.
+`overload`: closed-loop clients, as many as are admitted, find the peak, before and after; in between, thrice as many
+requests per second as the first is arrive for OVERLOAD_S. The clients begin one after another: those that begin at once
+stay in step, so that their prompts are computed together, which no arrivals of their own are. `throughput_ratio` is of
+tokens/s of whole answers to the mean of the two peaks; `failed_requests` are those with another error than 429; stalls
+are those of the usual load from 5 s after the overload on.
 """
 
 from __future__ import annotations
@@ -70,6 +72,8 @@ MAX_REQUESTS = 24
 KILLS, HANGS, PARTITIONS, CORRUPTIONS, KILLS_OF_ONE, RESTARTS = 20, 5, 5, 6, 3, 3
 FOR_S, SETTLE_S, LEAD_S, MINUTE_S, TAIL_S = 5.0, 2.0, 5.0, 60.0, 5.0
 OVERLOAD_S, PEAK_S, AFTER_S, BACK_S = 60.0, 20.0, 20.0, 5.0
+APART_S = 0.15
+"""Between two clients' beginnings: an answer at the peak takes so long 24 times."""
 READY_S, RETURN_S = 600.0, 120.0
 WHAT: Sequence[Corruption] = ("rows", "dtype", "nan")
 """Is wrong with corrupt answers, in turn; the cluster has no checksums."""
@@ -251,7 +255,7 @@ class Chaos:
         await self.last_a_minute(phase)
 
     async def last_a_minute(self, phase: Phase) -> None:
-        """And TAIL_S, so that other requests come while the minute's last are answered."""
+        """TAIL_S longer, so that other requests come while the minute's last are answered."""
         await asyncio.sleep(max(0.0, phase.began + LEAD_S + MINUTE_S + TAIL_S - time.perf_counter()))
 
     async def hit(self, phase: Phase, *faults: Fault) -> None:
@@ -318,11 +322,11 @@ class Chaos:
         raise ClusterError(f"group {group} does not have {replicas} replicas after {RETURN_S:.0f} s")
 
     async def overload(self, without: Phase) -> dict[str, object]:
-        peak = await self.peak()
-        say(f"peak {peak:.0f} tokens/s; overload")
+        peaks = [await self.peak()]
+        say(f"peak {peaks[0]:.0f} tokens/s; overload")
         before, sampled = memory_gib(self.target), [0.0]
         phase, ended = Phase(), asyncio.Event()
-        load = asyncio.create_task(self.open_loop(phase.answers, 3 * peak / MAX_TOKENS, ended))
+        load = asyncio.create_task(self.open_loop(phase.answers, 3 * peaks[0] / MAX_TOKENS, ended))
         while time.perf_counter() < phase.began + OVERLOAD_S:
             await asyncio.sleep(2)
             sampled.append(await asyncio.to_thread(memory_gib, self.target))
@@ -332,6 +336,7 @@ class Chaos:
         in_time = [one for one in whole if BACK_S <= one.ended - phase.began < OVERLOAD_S]
         goodput = sum(len(one.tokens) for one in in_time) / (OVERLOAD_S - BACK_S)
         after = await self.under_load(lambda phase: asyncio.sleep(BACK_S + AFTER_S))
+        peaks.append(await self.peak())
         usual_ms = 1e3 * percentile(without.gaps_s([everything(without)]), 0.99)
         spans = [(after.began + BACK_S, after.began + BACK_S + AFTER_S)]
         return {
@@ -340,8 +345,8 @@ class Chaos:
             "refused_requests": sum(bool(one.refused) for one in phase.answers),
             "requests": len(phase.answers),
             "tokens_differing": differing(whole, expectations(without.answers)),
-            "peak_tokens_per_s": round(peak, 1),
-            "throughput_ratio": round(goodput / peak, 3),
+            "peak_tokens_per_s": [round(peak, 1) for peak in peaks],
+            "throughput_ratio": round(goodput / statistics.mean(peaks), 3),
             "memory_gib": {"before": round(before, 2), "most": round(max(sampled), 2)},
             "gap_p99_ms": {"usual": round(usual_ms, 1), "after": round(1e3 * percentile(after.gaps_s(spans), 0.99), 1)},
             "stall_ms_p50": round(1e3 * percentile(after.gaps_s(spans), 0.5) - usual_ms, 1),
@@ -354,6 +359,7 @@ class Chaos:
         until = time.perf_counter() + BACK_S + PEAK_S
 
         async def client(number: int) -> None:
+            await asyncio.sleep(number * APART_S)
             while time.perf_counter() < until:
                 await self.ask(number, answers)
                 number += MAX_REQUESTS

@@ -36,14 +36,14 @@ class PackedExecutor:
                 layer: (weights, _slots(manifest.layers[layer], held.layers[layer]))
                 for layer, weights in zip(held.layers, packed, strict=True)
             }
-        self._filler = TableFiller(self._max_pairs)
+        self._filler = TableFiller(self._max_pairs, kernels.pairs_per_read)
 
     def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         x = hidden_states if hidden_states.dtype is self._dtype else hidden_states.to(self._dtype)
         weights, slots = self._layers[layer]
         table = self._filler.fill(pairs, slots, x.shape[0])
         if table is None:
-            return self._run_tables(weights, x, tables(pairs, slots, len(x)))
+            return self._run_tables(weights, x, tables(pairs, slots, len(x), self._kernels.pairs_per_read))
         return self._compute(weights, x, *table)
 
     def _run_tables(self, weights: ExpertWeights, x: torch.Tensor, found: list[Table]) -> torch.Tensor:

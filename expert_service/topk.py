@@ -1,7 +1,8 @@
 """Ragged (row, expert) pairs as dense [R, K] tables, which fused kernels want.
 
 A row with fewer than K pairs is filled up with its own first expert at weight 0: it adds nothing, and reads no weights
-that are not read anyway.
+that are not read anyway. It is computed all the same: `pairs_per_read`, how many pairs an expert computes in the time
+that reading its weights takes, decides when rows of unlike numbers of pairs are told apart.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ try:
     from expertmesh_native import fill_table
 except ImportError:
     fill_table = None  # type: ignore[assignment]
-
-PAIRS_PER_READ = 48
-"""Pairs that an expert computes in the time that reading its weights takes; measured with AMX, elsewhere it is less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +50,9 @@ class Table:
 class TableFiller:
     """Fills the one table that most batches are, in memory that the next one uses again; native where it can."""
 
-    def __init__(self, max_pairs: int) -> None:
+    def __init__(self, max_pairs: int, pairs_per_read: int) -> None:
         self._capacity = max_pairs
+        self._pairs_per_read = pairs_per_read
         self._ids = torch.empty(max_pairs, dtype=torch.int32)
         self._weights = torch.empty(max_pairs, dtype=torch.float32)
         self._addresses = self._ids.data_ptr(), self._weights.data_ptr()
@@ -65,15 +64,16 @@ class TableFiller:
         if fill_table is None:
             return None
         width = fill_table(
-            pairs.rows, pairs.experts, pairs.weights, slots, num_rows, PAIRS_PER_READ, self._capacity, *self._addresses
-        )
+            pairs.rows, pairs.experts, pairs.weights, slots, num_rows,
+            self._pairs_per_read, self._capacity, *self._addresses,
+        )  # fmt: skip
         if not width:
             return None
         shape, strides = (num_rows, width), (width, 1)
         return self._ids.as_strided(shape, strides), self._weights.as_strided(shape, strides)
 
 
-def tables(pairs: Pairs, slots: NDArray[numpy.int32], num_rows: int) -> list[Table]:
+def tables(pairs: Pairs, slots: NDArray[numpy.int32], num_rows: int, pairs_per_read: int) -> list[Table]:
     """The pairs of a batch of num_rows rows, experts as slots[expert]; each row that has pairs stands in one table."""
     count = len(pairs.rows)
     if not count:
@@ -87,18 +87,20 @@ def tables(pairs: Pairs, slots: NDArray[numpy.int32], num_rows: int) -> list[Tab
     starts = numpy.cumsum(pairs_of_row) - pairs_of_row
     return [
         _fill(None if len(rows) == num_rows else rows, starts[rows], pairs_of_row[rows], experts, weights)
-        for rows in _classes(pairs_of_row, pairs.experts)
+        for rows in _classes(pairs_of_row, pairs.experts, pairs_per_read)
     ]
 
 
-def _classes(pairs_of_row: NDArray[numpy.int64], experts: NDArray[numpy.int32]) -> list[NDArray[numpy.int64]]:
+def _classes(
+    pairs_of_row: NDArray[numpy.int64], experts: NDArray[numpy.int32], pairs_per_read: int
+) -> list[NDArray[numpy.int64]]:
     """Rows that go together: those of like numbers of pairs, where the filling saved is worth reading weights again."""
     busy = numpy.flatnonzero(pairs_of_row)
     width = int(pairs_of_row.max())
-    if width * len(busy) - len(experts) <= PAIRS_PER_READ:
+    if width * len(busy) - len(experts) <= pairs_per_read:
         return [busy]
     rows_with = numpy.bincount(pairs_of_row, minlength=width + 1)
-    widths = cheapest_widths(rows_with.tolist(), PAIRS_PER_READ * len(numpy.unique(experts)))
+    widths = cheapest_widths(rows_with.tolist(), pairs_per_read * len(numpy.unique(experts)))
     return [
         numpy.flatnonzero((pairs_of_row > below) & (pairs_of_row <= width))
         for below, width in zip([0, *widths], widths, strict=False)

@@ -47,6 +47,11 @@ class Kernels:
         """Whether gate and up rows take turns, instead of all gate rows above all up rows."""
         return self.activation == "swigluoai"
 
+    @property
+    def pairs_per_read(self) -> int:
+        """Pairs that an expert computes in the time that reading its weights a second time takes, as measured."""
+        return 48 if self.isa == "amx" else 4
+
     def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight [out, in] of one expert into the kernel's layout: `packed`, of the same shape."""
         self.prepack(weight[None], packed[None], self.isa)

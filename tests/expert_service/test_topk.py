@@ -12,6 +12,7 @@ from expert_service.executor import Pairs
 from expert_service.topk import Table, TableFiller, cheapest_widths, tables
 
 SLOTS = numpy.arange(8, dtype=numpy.int32)
+READ = 48
 columns = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.floats(0.5, 2, width=32)), max_size=40)
 every_row = columns.map(lambda asked: [*((row, row % 6, 1.0) for row in range(10)), *asked])
 
@@ -39,9 +40,7 @@ def listed(found: list[Table], num_rows: int) -> list[tuple[int, int, float]]:
 def test_tables_hold_the_pairs_each_row_in_one_table_by_ascending_expert(
     pairs_per_read: int, asked: list[tuple[int, int, float]]
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("expert_service.topk.PAIRS_PER_READ", pairs_per_read)
-        found = tables(as_pairs(asked), SLOTS, 10)
+    found = tables(as_pairs(asked), SLOTS, 10, pairs_per_read)
     assert sorted(listed(found, 10)) == sorted(asked)
     rows = [row for table in found for row in (range(10) if table.rows is None else table.rows.tolist())]
     assert sorted(rows) == sorted({row for row, _, _ in asked})
@@ -54,7 +53,7 @@ def test_tables_hold_the_pairs_each_row_in_one_table_by_ascending_expert(
 
 @given(asked=columns, max_pairs=st.integers(1, 12))
 def test_parts_hold_what_the_table_holds(asked: list[tuple[int, int, float]], max_pairs: int) -> None:
-    found = tables(as_pairs(asked), SLOTS, 10)
+    found = tables(as_pairs(asked), SLOTS, 10, READ)
     parts = [part for table in found for part in table.parts(max_pairs)]
     assert listed(parts, 10) == listed(found, 10)
     assert all(part.slots.size <= max_pairs or len(part.slots) == 1 for part in parts)
@@ -81,8 +80,8 @@ def test_rows_of_very_different_numbers_of_pairs_are_told_apart_where_it_saves_m
     many = numpy.repeat(numpy.arange(100, dtype=numpy.int32), 7)
     experts = numpy.concatenate([rows % 8, numpy.tile(numpy.arange(7, dtype=numpy.int32), 100)])
     pairs = Pairs(numpy.concatenate([rows, many]), experts, numpy.ones(len(experts), numpy.float32))
-    assert [table.slots.shape for table in tables(pairs, SLOTS, 2000)] == [(1900, 1), (100, 8)]
-    assert [table.slots.shape for table in tables(pairs.part(1950, 2100), SLOTS, 2000)] == [(65, 7)]
+    assert [table.slots.shape for table in tables(pairs, SLOTS, 2000, READ)] == [(1900, 1), (100, 8)]
+    assert [table.slots.shape for table in tables(pairs.part(1950, 2100), SLOTS, 2000, READ)] == [(65, 7)]
 
 
 @needs_native
@@ -91,8 +90,8 @@ def test_the_native_filler_makes_the_same_table(asked: list[tuple[int, int, floa
     pairs = as_pairs(asked)
     held = numpy.array([0, -1, 1, 2, -1, 3, -1, 4, 5, -1, 6, 7], dtype=numpy.int32)
     pairs = Pairs(pairs.rows, numpy.flatnonzero(held >= 0).astype(numpy.int32)[pairs.experts], pairs.weights)
-    found = TableFiller(64).fill(pairs, held, num_rows)
-    expected = tables(pairs, held, num_rows)
+    found = TableFiller(64, READ).fill(pairs, held, num_rows)
+    expected = tables(pairs, held, num_rows, READ)
     if found is None:
         one_table = len(expected) == 1 and expected[0].rows is None and expected[0].slots.size <= 64
         assert not one_table
@@ -107,4 +106,4 @@ def test_the_native_filler_makes_the_same_table(asked: list[tuple[int, int, floa
 def test_the_native_filler_refuses_what_is_not_there(row: int, expert: int) -> None:
     held = numpy.where(SLOTS == 3, -1, SLOTS).astype(numpy.int32)
     with pytest.raises(IndexError, match="not there"):
-        TableFiller(64).fill(as_pairs([(0, 0, 1.0), (row, expert, 1.0)]), held, 1)
+        TableFiller(64, READ).fill(as_pairs([(0, 0, 1.0), (row, expert, 1.0)]), held, 1)
