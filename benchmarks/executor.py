@@ -6,6 +6,9 @@ each call takes the next layer, so that no call finds its weights in a core's ow
 Where memory lies makes a difference of some per cent, so the executor and vLLM hold every layer twice, made before and
 after the other's. Bandwidth is that of one thread which reads on through `READ_BYTES`, a turn of it in every round of
 every case; a case's bytes are those of the weights that it touches.
+
+`ragged_speedup_over_one_table`: a batch of a group that has 8 of 16 experts, top-2, so that its rows have one pair or
+two; beside vLLM's kernel on one table in which each row has two, the missing ones with weight 0. Key: tokens.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from expertmesh.artifact.manifest import EXPERTS_DIRECTORY, ExpertFunction, Mani
 
 SHAPES = ((512, 1024), (2048, 1408))
 PAIRS = (1, 8, 64, 256, 1024)
+TOKENS = (16, 64, 512)
+"""Of which the ragged batches are made."""
 EXPERTS = 8
 ROTATED_BYTES = 512 * 2**20
 READ_BYTES = 2**30
@@ -41,7 +46,7 @@ ROUNDS = 11
 SECONDS_PER_TURN = 0.06
 SMALL = 32
 """Sizes of experts that cost nothing but the call."""
-OURS = "expertmesh"
+OURS, VLLM = "expertmesh", "vllm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +63,21 @@ class Layers:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """P rows with one expert each."""
+    """R rows with K experts each."""
 
     x: torch.Tensor
-    """[P, H]"""
+    """[R, H]"""
     experts: torch.Tensor
-    """[P, 1] int32"""
+    """[R, K] int32"""
     weights: torch.Tensor
-    """[P, 1] fp32"""
+    """[R, K] fp32; 0 where a row has fewer."""
 
     pairs: Pairs
-    """The same for the replica's executor."""
+    """The same for the replica's executor, which is asked for those with a weight alone."""
 
 
 Compute = Callable[[int, Batch], torch.Tensor]
-"""Layer and batch -> [P, H]."""
+"""Layer and batch -> [R, H]."""
 
 
 def run(cluster: str | None) -> dict[str, object]:
@@ -80,14 +85,20 @@ def run(cluster: str | None) -> dict[str, object]:
     torch.set_num_threads(1)
     spread: dict[str, Case] = {}
     single: dict[str, Case] = {}
+    ragged: dict[str, Case] = {}
     for hidden, inner in SHAPES:
         layers = make_layers(hidden, inner)
         contenders = make_contenders(layers)
-        check(contenders, layers)
+        check(contenders, "loop", make_batch(hidden, 64, EXPERTS))
         for count in PAIRS:
             name = f"{hidden}x{inner}/{count}"
-            spread[name] = measure(contenders, layers, count, EXPERTS)
-            single[name] = measure(contenders, layers, count, 1)
+            spread[name] = measure(contenders, layers, make_batch(hidden, count, EXPERTS))
+            single[name] = measure(contenders, layers, make_batch(hidden, count, 1))
+        fused = {name: contenders[name] for name in (OURS, VLLM)}
+        for tokens in TOKENS:
+            batch = make_ragged(hidden, tokens)
+            check(fused, VLLM, batch)
+            ragged[f"{hidden}x{inner}/{tokens}"] = measure(fused, layers, batch)
     return {
         "ratio_to_best_peer": {name: round(case.ratio_to_best_peer, 3) for name, case in spread.items()},
         "fraction_of_memory_bandwidth": {name: round(case.fraction_of_bandwidth, 3) for name, case in spread.items()},
@@ -97,6 +108,7 @@ def run(cluster: str | None) -> dict[str, object]:
             name: round(case.ratio_to_best_peer, 3) for name, case in single.items()
         },
         "all_on_one_expert_rows_per_s": {name: case.rows_per_s for name, case in single.items()},
+        "ragged_speedup_over_one_table": {name: round(case.ratio_to_best_peer, 3) for name, case in ragged.items()},
         "read_gb_per_s": round(median([1e-9 / median(case.seconds_per_byte) for case in spread.values()]), 2),
         "call_overhead_us": {str(rows): round(call_overhead_us(rows), 1) for rows in (1, 4, 64)},
         "rotated_mib": ROTATED_BYTES // 2**20,
@@ -165,6 +177,20 @@ def make_batch(hidden: int, count: int, experts: int) -> Batch:
     return Batch(rows, chosen, weights, pairs)
 
 
+def make_ragged(hidden: int, tokens: int) -> Batch:
+    """What a group with the first 8 of 16 experts gets of so many tokens; each has two experts, drawn evenly."""
+    generator = torch.Generator().manual_seed(tokens)
+    drawn = torch.rand(tokens, 2 * EXPERTS, generator=generator).topk(2).indices
+    held = drawn[(drawn < EXPERTS).any(dim=1)].sort(dim=1).values
+    present = held < EXPERTS
+    rows = torch.randn(len(held), hidden, generator=generator).to(torch.bfloat16)
+    weights = torch.where(present, torch.rand(held.shape, generator=generator) + 0.1, 0)
+    experts = torch.where(present, held, held[:, :1]).to(torch.int32)
+    which = present.nonzero()[:, 0].to(torch.int32)
+    pairs = Pairs(which.numpy(), experts[present].numpy(), weights[present].numpy())
+    return Batch(rows, experts, weights, pairs)
+
+
 def make_contenders(layers: Layers) -> dict[str, Compute]:
     """The replica's executor, which loads its weights from an artifact, and its peers; layers 0 to 2L - 1."""
     count = len(layers.down)
@@ -177,7 +203,7 @@ def make_contenders(layers: Layers) -> dict[str, Compute]:
 
     return {
         OURS: ours,
-        "vllm": lambda layer, batch: vllm_halves[layer // count](layer % count, batch),
+        VLLM: lambda layer, batch: vllm_halves[layer // count](layer % count, batch),
         "transformers_grouped_mm": transformers_grouped_mm(layers),
         "loop": partial(loop, layers),
     }
@@ -259,17 +285,14 @@ def loop(layers: Layers, layer: int, batch: Batch) -> torch.Tensor:
     return output
 
 
-def check(contenders: Mapping[str, Compute], layers: Layers) -> None:
-    """Raises AssertionError where they do not compute the same."""
-    batch = make_batch(layers.down.shape[2], 64, EXPERTS)
-    expected = contenders["loop"](1, batch).float()
+def check(contenders: Mapping[str, Compute], right: str, batch: Batch) -> None:
+    """Raises AssertionError where they do not compute the same as the contender `right`."""
+    expected = contenders[right](1, batch).float()
     for compute in contenders.values():
         torch.testing.assert_close(compute(1, batch).float(), expected, atol=3e-2, rtol=3e-2)
 
 
-def measure(contenders: Mapping[str, Compute], layers: Layers, count: int, experts: int) -> Case:
-    """`count` pairs over `experts` of the experts."""
-    batch = make_batch(layers.down.shape[2], count, experts)
+def measure(contenders: Mapping[str, Compute], layers: Layers, batch: Batch) -> Case:
     rotation = 2 * len(layers.down)
     turns = {
         name: max(2, min(rotation, round(SECONDS_PER_TURN / seconds(partial(compute, 0, batch)))))
@@ -287,7 +310,8 @@ def measure(contenders: Mapping[str, Compute], layers: Layers, count: int, exper
     reader = Reader()
     found = alternate({name: partial(turn, name) for name in contenders} | {"read": reader.turn}, ROUNDS)
     read = found.pop("read")
-    return Case(count, min(count, experts) * layers.bytes_per_expert, found, read)
+    touched = len(numpy.unique(batch.pairs.experts))
+    return Case(len(batch.x), touched * layers.bytes_per_expert, found, read)
 
 
 def call_overhead_us(rows: int) -> float:

@@ -18,6 +18,7 @@ from expertmesh.errors import ClusterError
 from expertmesh.experts import format_indices
 from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
+from expertmesh.wire.status import code_name
 from expertmesh.wire.tls import CurrentTls, TlsFiles
 from loadtest.config import RunConfig
 from loadtest.dispatches import Indices, Model, random_rows, request_for, split, wanted_layers
@@ -140,7 +141,7 @@ class Dispatch:
         for answer in answers:
             if answer.status.code != pb.CODE_OK:
                 status = STATUSES.get(answer.status.code, "bad_answer")
-                return self._failed(clock, status, f"{pb.Code.Name(answer.status.code)}: {answer.status.message}")
+                return self._failed(clock, status, f"{code_name(answer.status.code)}: {answer.status.message}")
         now, rows = clock.now(), len(self.chosen)
         return Outcome(self.sent_s, (now,), now, rows, rows, "ok")
 

@@ -14,6 +14,7 @@ import torch
 from expertmesh.errors import ExpertMeshError
 from expertmesh.experts import format_indices
 from expertmesh.v1 import expert_pb2 as pb
+from expertmesh.wire.status import code_name
 from router_service.dispatch.choice import choose_replicas
 from router_service.dispatch.scatter import Pairs, ReplicaBatch, scatter, split
 from router_service.replicas import LiveReplicas, Reason
@@ -246,7 +247,7 @@ class Recovery:
     def _note_failure(self, batch: ReplicaBatch, answer: Answer) -> None:
         what = answer.message if answer.output is None else "answered sums that are not finite"
         code = answer.code if answer.output is None else pb.CODE_INTERNAL
-        reason = f"replica {batch.replica}, layer {self._layer}: {_name(code)} {what}".rstrip()
+        reason = f"replica {batch.replica}, layer {self._layer}: {code_name(code)} {what}".rstrip()
         if code in HOPELESS:
             self.refused = reason
             return
@@ -365,11 +366,6 @@ def make_batches(replicas: LiveReplicas, pairs: Pairs, owners: dict[int, str]) -
         for batch in (scatter(pairs, owners) if owners else [])
         for part in split(batch, live[batch.replica].max_rows if batch.replica in live else len(batch.rows))
     ]
-
-
-def _name(code: int) -> str:
-    """A replica may answer any number."""
-    return pb.Code.Name(pb.Code.ValueType(code)) if code in pb.Code.values() else f"code {code}"
 
 
 def _reason(failure: Answer) -> Reason:

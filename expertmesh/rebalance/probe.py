@@ -19,6 +19,7 @@ from expertmesh.v1 import directory_pb2
 from expertmesh.v1 import expert_pb2 as pb
 from expertmesh.v1 import expert_pb2_grpc as pb_grpc
 from expertmesh.wire.channel import FINGERPRINT_KEY, PROTOCOL_VERSION, open_channel
+from expertmesh.wire.status import code_name
 from expertmesh.wire.tls import CurrentTls, TlsFiles
 
 TOLERANCE = {pb.DTYPE_FLOAT32: 1e-3, pb.DTYPE_BFLOAT16: 0.05, pb.DTYPE_FLOAT16: 0.01}
@@ -127,7 +128,7 @@ class Peer:
             if response.status.code != pb.CODE_RESOURCE_EXHAUSTED:
                 break
             await asyncio.sleep(PAUSE_S)
-        code = pb.Code.Name(response.status.code)
+        code = code_name(response.status.code)
         raise Unverified(f"{self.address}: layer {layer}: {code} {response.status.message}".rstrip())
 
     def _rows_of(self, output: pb.Tensor, shape: tuple[int, ...]) -> Row:
