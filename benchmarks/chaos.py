@@ -21,11 +21,11 @@ of these answers had ended, as `vllm bench serve` counts. (Tokens that came with
 three answers are open at its first.) With arrivals open-loop, requests that fail or a backlog at the end lower it, not
 answers that are slower meanwhile: `answer_time_ratio` compares the mean time of these answers.
 
-`overload`: closed-loop clients, as many as are admitted, find the peak, before and after; in between, thrice as many
-requests per second as the first is arrive for OVERLOAD_S. The clients begin one after another: those that begin at once
-stay in step, so that their prompts are computed together, which no arrivals of their own are. `throughput_ratio` is of
-tokens/s of whole answers to the mean of the two peaks; `failed_requests` are those with another error than 429; stalls
-are those of the usual load from 5 s after the overload on.
+`overload`, OVERLOADS times: closed-loop clients, as many as are admitted, find the peak; then thrice as many requests
+per second as the first peak is arrive for OVERLOAD_S. `throughput_ratio` is of tokens/s of whole answers to the mean of
+the peaks before and after, the median of all times. The clients begin one after another: those that begin at once stay
+in step, so that their prompts are computed together, which no arrivals of their own are. `failed_requests` are those
+with another error than 429; stalls are those of the usual load from 5 s after an overload on.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,7 +72,7 @@ RATE, MAX_TOKENS, PROMPTS, SEED = 1.0, 48, 16, 7
 MAX_REQUESTS = 24
 KILLS, HANGS, PARTITIONS, CORRUPTIONS, KILLS_OF_ONE, RESTARTS = 20, 5, 5, 6, 3, 3
 FOR_S, SETTLE_S, LEAD_S, MINUTE_S, TAIL_S = 5.0, 2.0, 5.0, 60.0, 5.0
-OVERLOAD_S, PEAK_S, AFTER_S, BACK_S = 60.0, 20.0, 20.0, 5.0
+OVERLOADS, OVERLOAD_S, PEAK_S, AFTER_S, BACK_S = 3, 60.0, 20.0, 20.0, 5.0
 APART_S = 0.15
 """Between two clients' beginnings: an answer at the peak takes so long 24 times."""
 READY_S, RETURN_S = 600.0, 120.0
@@ -322,35 +323,39 @@ class Chaos:
         raise ClusterError(f"group {group} does not have {replicas} replicas after {RETURN_S:.0f} s")
 
     async def overload(self, without: Phase) -> dict[str, object]:
-        peaks = [await self.peak()]
-        say(f"peak {peaks[0]:.0f} tokens/s; overload")
+        peaks, goodputs = [await self.peak()], []
         before, sampled = memory_gib(self.target), [0.0]
-        phase, ended = Phase(), asyncio.Event()
-        load = asyncio.create_task(self.open_loop(phase.answers, 3 * peaks[0] / MAX_TOKENS, ended))
-        while time.perf_counter() < phase.began + OVERLOAD_S:
-            await asyncio.sleep(2)
-            sampled.append(await asyncio.to_thread(memory_gib, self.target))
-        ended.set()
-        await load
-        whole = [one for one in phase.answers if one.done]
-        in_time = [one for one in whole if BACK_S <= one.ended - phase.began < OVERLOAD_S]
-        goodput = sum(len(one.tokens) for one in in_time) / (OVERLOAD_S - BACK_S)
-        after = await self.under_load(lambda phase: asyncio.sleep(BACK_S + AFTER_S))
-        peaks.append(await self.peak())
+        during, after = [], []
+        for _ in range(OVERLOADS):
+            say(f"peak {peaks[-1]:.0f} tokens/s; overload")
+            phase, ended = Phase(), asyncio.Event()
+            load = asyncio.create_task(self.open_loop(phase.answers, 3 * peaks[0] / MAX_TOKENS, ended))
+            while time.perf_counter() < phase.began + OVERLOAD_S:
+                await asyncio.sleep(2)
+                sampled.append(await asyncio.to_thread(memory_gib, self.target))
+            ended.set()
+            await load
+            goodputs.append(goodput(phase))
+            during += phase.answers
+            after.append(await self.under_load(lambda phase: asyncio.sleep(BACK_S + AFTER_S)))
+            peaks.append(await self.peak())
         usual_ms = 1e3 * percentile(without.gaps_s([everything(without)]), 0.99)
-        spans = [(after.began + BACK_S, after.began + BACK_S + AFTER_S)]
+        gaps_s = [gap for one in after for gap in one.gaps_s([(one.began + BACK_S, one.began + BACK_S + AFTER_S)])]
+        answers = [*during, *(one for phase in after for one in phase.answers)]
+        ratios = [each / statistics.mean(both) for each, both in zip(goodputs, pairwise(peaks), strict=True)]
         return {
-            "failed_requests": sum(bool(one.failure) for one in phase.answers + after.answers),
-            "failures": failures(one for one in phase.answers + after.answers if one.failure),
-            "refused_requests": sum(bool(one.refused) for one in phase.answers),
-            "requests": len(phase.answers),
-            "tokens_differing": differing(whole, expectations(without.answers)),
+            "failed_requests": sum(bool(one.failure) for one in answers),
+            "failures": failures(one for one in answers if one.failure),
+            "refused_requests": sum(bool(one.refused) for one in during),
+            "requests": len(during),
+            "tokens_differing": differing(during, expectations(without.answers)),
             "peak_tokens_per_s": [round(peak, 1) for peak in peaks],
-            "throughput_ratio": round(goodput / statistics.mean(peaks), 3),
+            "throughput_ratio": round(statistics.median(ratios), 3),
+            "throughput_ratios": [round(ratio, 3) for ratio in ratios],
             "memory_gib": {"before": round(before, 2), "most": round(max(sampled), 2)},
-            "gap_p99_ms": {"usual": round(usual_ms, 1), "after": round(1e3 * percentile(after.gaps_s(spans), 0.99), 1)},
-            "stall_ms_p50": round(1e3 * percentile(after.gaps_s(spans), 0.5) - usual_ms, 1),
-            "stall_ms_max": round(1e3 * max(after.gaps_s(spans)) - usual_ms, 1),
+            "gap_p99_ms": {"usual": round(usual_ms, 1), "after": round(1e3 * percentile(gaps_s, 0.99), 1)},
+            "stall_ms_p50": round(1e3 * percentile(gaps_s, 0.5) - usual_ms, 1),
+            "stall_ms_max": round(1e3 * max(gaps_s) - usual_ms, 1),
         }
 
     async def peak(self) -> float:
@@ -405,6 +410,12 @@ def memory_gib(cluster: Record) -> float:
         except psutil.Error:
             continue  # has just ended
     return total / 2**30
+
+
+def goodput(overload: Phase) -> float:
+    """Tokens/s of whole answers, from BACK_S on."""
+    ended = [(one.ended - overload.began, len(one.tokens)) for one in overload.answers if one.done]
+    return sum(tokens for when, tokens in ended if BACK_S <= when < OVERLOAD_S) / (OVERLOAD_S - BACK_S)
 
 
 def everything(phase: Phase) -> Span:

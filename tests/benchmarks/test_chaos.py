@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.chaos import LEAD_S, MINUTE_S, Phase, figures
+from benchmarks.chaos import BACK_S, LEAD_S, MINUTE_S, OVERLOAD_S, Phase, figures, goodput
 from benchmarks.streamed import Answer
 
 TOKENS = [3, 1, 4, 1]
@@ -79,3 +79,11 @@ def test_slower_answers_show_in_their_time_alone() -> None:
     phase.answers[10:40] = [answer(float(second), [0.15] * 3) for second in range(10, 40)]
     found = after_a_fault(phase)
     assert (found["throughput_ratio"], found["answer_time_ratio"]) == (1, round((0.25 + 0.55) / 2 / 0.25, 4))
+
+
+def test_goodput_is_of_whole_answers_that_end_within_the_overload() -> None:
+    overload = Phase(0.0, [answer(float(second), [0.05] * 3) for second in range(int(OVERLOAD_S) + 5)])
+    assert goodput(overload) == len(TOKENS)
+    overload.answers[10].failure = "ClientError: gone"
+    overload.answers[20].refused = "429"
+    assert goodput(overload) == len(TOKENS) * (1 - 2 / (OVERLOAD_S - BACK_S))
