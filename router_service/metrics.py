@@ -30,7 +30,13 @@ SUSPENSIONS_TOTAL = Metric(
     ("group", "reason"),
     "How often it suspended one, since it began; reason late, silent, timeout, not_finite, checksum or error.",
 )
-ROUTER_METRICS = (DEGRADED_RESPONSES, SUSPENDED_REPLICAS, SUSPENSIONS_TOTAL)
+PROXY_REFUSALS = Metric(
+    "expertmesh_proxy_refusals_total",
+    "counter",
+    (),
+    "Requests that a proxy of Ray Serve's answered with 429 itself, as the ingress just had; Ray counts the others.",
+)
+ROUTER_METRICS = (DEGRADED_RESPONSES, SUSPENDED_REPLICAS, SUSPENSIONS_TOTAL, PROXY_REFUSALS)
 
 
 class SuspensionMetrics:

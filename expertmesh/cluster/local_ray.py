@@ -161,5 +161,6 @@ def _environment(marker: str, token: str) -> dict[str, str]:
         "RAY_worker_niceness": "0",
         # Serve replaces a proxy that has failed three checks: by default that takes 30 s
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "router_service.early_refusal:middlewares",
     }
     return {key: value for key, value in os.environ.items() if key not in DROPPED} | ours

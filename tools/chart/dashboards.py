@@ -22,7 +22,9 @@ class Panel:
 SERVICE = (
     Panel(
         "Requests per second",
-        "sum by (status_code) (rate(ray_serve_num_http_requests_total{OF}[1m]))",
+        "sum by (status_code) (rate(ray_serve_num_http_requests_total{OF}[1m]))"
+        " or label_replace(sum(rate(ray_expertmesh_proxy_refusals_total{OF}[1m])),"
+        ' "status_code", "429, at the proxy", "", "")',
         "{{status_code}}",
         "reqps",
     ),

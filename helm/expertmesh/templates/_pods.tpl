@@ -101,6 +101,8 @@ imagePullSecrets:
 {{- /* Serve replaces a proxy that has failed three checks: by default that takes 30 s */}}
 - name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S
   value: "2"
+- name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+  value: router_service.early_refusal:middlewares
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
 - name: VLLM_NO_USAGE_STATS
