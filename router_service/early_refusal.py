@@ -1,7 +1,7 @@
 """Refusals where requests arrive: what the ingress would refuse does not go as far.
 
-A request that passes Ray Serve's proxy to be refused at the ingress costs both some milliseconds of a core, which are
-missing where answers are made: under three times the load a tenth of the goodput and more.
+A request that passes Ray Serve's proxy to be refused at the ingress takes time of both, which is missing where answers
+are made on the same cores (docs/faults.md).
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 from expertmesh.api_keys import client_key
 from expertmesh.directory.client import list_table
 from expertmesh.errors import ClusterError, ExpertMeshError
+from expertmesh.retry import retry
 from expertmesh.v1 import expert_pb2
 from expertmesh.wire.tls import TlsFiles
 
@@ -77,17 +78,6 @@ def _complete(url: str, model: str, headers: dict[str, str]) -> httpx.Response:
         return client.post(f"{url}/v1/completions", json=body, headers=headers)
 
 
-def patiently(check: Callable[[], str], deadline: float) -> str:
-    """Repeats the check until it succeeds; raises its last ClusterError at the deadline."""
-    while True:
-        try:
-            return check()
-        except ClusterError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(PAUSE_S)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m expertmesh.cluster.smoke", description=__doc__)
     parser.add_argument("--url", required=True, help="of the OpenAI API, without /v1")
@@ -109,7 +99,7 @@ def main() -> None:
     ]
     try:
         for check in checks:
-            print(patiently(check, deadline), flush=True)
+            print(retry(check, ClusterError, deadline - time.monotonic(), PAUSE_S), flush=True)
     except ExpertMeshError as error:
         sys.exit(f"smoke: {error}")
 
