@@ -8,14 +8,14 @@ after the other's. Bandwidth is that of one thread which reads on through `READ_
 every case; a case's bytes are those of the weights that it touches.
 
 `ragged_speedup_over_one_table`: a batch of a group that has 8 of 16 experts, top-2, so that its rows have one pair or
-two; beside vLLM's kernel on one table in which each row has two, the missing ones with weight 0. Key: tokens.
+two; beside the same executor with one table in which each row has two, the missing ones with weight 0. Key: tokens.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,6 +75,13 @@ class Batch:
     pairs: Pairs
     """The same for the replica's executor, which is asked for those with a weight alone."""
 
+    @property
+    def filled(self) -> Pairs:
+        """All R * K pairs."""
+        rows, width = self.experts.shape
+        which = numpy.repeat(numpy.arange(rows, dtype=numpy.int32), width)
+        return Pairs(which, self.experts.flatten().numpy(), self.weights.flatten().numpy())
+
 
 Compute = Callable[[int, Batch], torch.Tensor]
 """Layer and batch -> [R, H]."""
@@ -94,11 +101,10 @@ def run(cluster: str | None) -> dict[str, object]:
             name = f"{hidden}x{inner}/{count}"
             spread[name] = measure(contenders, layers, make_batch(hidden, count, EXPERTS))
             single[name] = measure(contenders, layers, make_batch(hidden, count, 1))
-        fused = {name: contenders[name] for name in (OURS, VLLM)}
         for tokens in TOKENS:
             batch = make_ragged(hidden, tokens)
-            check(fused, VLLM, batch)
-            ragged[f"{hidden}x{inner}/{tokens}"] = measure(fused, layers, batch)
+            check({name: contenders[name] for name in (OURS, VLLM)}, VLLM, batch)
+            ragged[f"{hidden}x{inner}/{tokens}"] = measure(beside_one_table(contenders[OURS], batch), layers, batch)
     return {
         "ratio_to_best_peer": {name: round(case.ratio_to_best_peer, 3) for name, case in spread.items()},
         "fraction_of_memory_bandwidth": {name: round(case.fraction_of_bandwidth, 3) for name, case in spread.items()},
@@ -207,6 +213,11 @@ def make_contenders(layers: Layers) -> dict[str, Compute]:
         "transformers_grouped_mm": transformers_grouped_mm(layers),
         "loop": partial(loop, layers),
     }
+
+
+def beside_one_table(ours: Compute, batch: Batch) -> dict[str, Compute]:
+    filled = replace(batch, pairs=batch.filled)
+    return {OURS: ours, "one_table": lambda layer, _: ours(layer, filled)}
 
 
 def load_executor(layers: Layers) -> Executor:

@@ -43,7 +43,7 @@ class Executor(Protocol):
 
         Rows may come in another type than the weights', in which the experts compute; weights are applied and sums
         taken in fp32, by ascending expert, so that a row's sum does not depend on the other rows. Given are they in
-        fp32, or rounded once to the weights' type.
+        fp32, or rounded to the weights' type; each pair may be rounded to it before.
         """
         ...
 

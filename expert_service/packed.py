@@ -21,8 +21,8 @@ CHUNK_PAIRS = 4096
 class PackedExecutor:
     """Weights packed per layer, gate_up [E, 2I, H] and down [E, H, I] of the E experts held, ascending.
 
-    What was mapped is given back layer by layer, so that there is one copy. Sums come in the weights' type: fp32,
-    rounded once. They are the same bits whatever else is in the batch. One thread calls `run`.
+    What was mapped is given back layer by layer, so that there is one copy. Sums come in the weights' type, the same
+    bits whatever else is in the batch. One thread calls `run`.
     """
 
     def __init__(self, held: HeldExperts, kernels: Kernels, num_threads: int) -> None:
@@ -77,7 +77,7 @@ def _pack(held: HeldExperts, layer: int, kernels: Kernels) -> ExpertWeights:
     mapped = held.load(layer)
     experts = [mapped[index] for index in sorted(mapped)]
     target = {
-        name: torch.empty((len(experts), *tensor.shape), dtype=tensor.dtype)
+        name: torch.empty((len(experts), *tensor.shape), dtype=_dtype(name, tensor, kernels))
         for name, tensor in experts[0].tensors().items()
     }
     for slot, expert in enumerate(experts):
@@ -89,3 +89,7 @@ def _pack(held: HeldExperts, layer: int, kernels: Kernels) -> ExpertWeights:
             else:
                 kernels.pack(tensor, target[name][slot])
     return ExpertWeights(**target)
+
+
+def _dtype(name: str, tensor: torch.Tensor, kernels: Kernels) -> torch.dtype:
+    return (kernels.bias_dtype if name.endswith("bias") else None) or tensor.dtype

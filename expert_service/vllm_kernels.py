@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -24,37 +25,41 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 32
 """Hidden and intermediate sizes are whole tiles of this many elements."""
 MAX_ELEMENTS = 2**31 - 1
-"""The kernel counts in 32 bits: elements of a layer's weights, and bytes of its buffers."""
+"""The kernels count in 32 bits: elements of a layer's weights, and bytes of its buffers."""
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", SWIGLU_CLAMPED: "swigluoai"}
 CLAMPED_ALPHA, CLAMPED_LIMIT = 1.702, 7.0
-"""The only ones that the kernel's clamped SwiGLU has."""
+"""The only ones that vLLM's own kernel has for the clamped SwiGLU."""
+UNQUANTIZED = 0
+"""vLLM's CPUQuantMethod for weights as they are."""
 
 _scratch = threading.Lock()
-"""The library has one scratch buffer per process, whoever calls."""
+"""vLLM's own kernel has one scratch buffer per process, whoever calls."""
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The two operations, in the form for one instruction set and activation."""
+class Kernels(Protocol):
+    """A layer's experts in one call, in the form for one instruction set and activation.
 
-    isa: str
-    activation: str
-    fused: torch._ops.OpOverload = field(repr=False)
-    prepack: torch._ops.OpOverload = field(repr=False)
+    A row's sum is the same bits whatever else is in the batch.
+    """
 
     @property
     def interleaved(self) -> bool:
         """Whether gate and up rows take turns, instead of all gate rows above all up rows."""
-        return self.activation == "swigluoai"
+        ...
+
+    @property
+    def bias_dtype(self) -> torch.dtype | None:
+        """None: the weights' type."""
+        ...
 
     @property
     def pairs_per_read(self) -> int:
         """Pairs that an expert computes in the time that reading its weights a second time takes, as measured."""
-        return 48 if self.isa == "amx" else 4
+        ...
 
     def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
         """weight [out, in] of one expert into the kernel's layout: `packed`, of the same shape."""
-        self.prepack(weight[None], packed[None], self.isa)
+        ...
 
     def run(
         self,
@@ -65,7 +70,39 @@ class Kernels:
         topk_weights: torch.Tensor,
     ) -> None:
         """Weighted sums of K experts per row into output [R, H], of contiguous x [R, H], by packed weights of E
-        experts: sums in fp32 in the order of topk_ids [R, K] int32, rounded once; topk_weights [R, K] fp32."""
+        experts: sums in fp32 in the order of topk_ids [R, K] int32; topk_weights [R, K] fp32."""
+        ...
+
+
+@dataclass(frozen=True)
+class FusedMoe:
+    """`cpu_fused_moe`, vLLM's own. Sums are rounded once."""
+
+    isa: str
+    activation: str
+    fused: torch._ops.OpOverload = field(repr=False)
+    prepack: torch._ops.OpOverload = field(repr=False)
+    bias_dtype: torch.dtype | None = None
+
+    @property
+    def interleaved(self) -> bool:
+        return self.activation == "swigluoai"
+
+    @property
+    def pairs_per_read(self) -> int:
+        return 48 if self.isa == "amx" else 4
+
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        self.prepack(weight[None], packed[None], self.isa)
+
+    def run(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        weights: ExpertWeights,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> None:
         with _scratch:
             self.fused(
                 output, x, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
@@ -73,26 +110,81 @@ class Kernels:
             )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class FusedExperts:
+    """`fused_experts_cpu`, which vLLM has from SGLang, in bf16. Each pair is rounded before the sum, and the sum.
+
+    vLLM calls it for quantized weights alone, and where there is AMX. Without AMX its products are the same bits for
+    few rows and for many; with it they are not. With SiLU it leaves biases out where there are few rows.
+    """
+
+    clamp: tuple[float, float] | None
+    """alpha and limit of the clamped SwiGLU; None: SiLU."""
+    fused: torch._ops.OpOverload = field(repr=False)
+    convert: torch._ops.OpOverload = field(repr=False)
+    bias_dtype: torch.dtype | None = torch.float32
+    pairs_per_read: int = 8
+
+    @property
+    def interleaved(self) -> bool:
+        return self.clamp is not None
+
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        packed.copy_(self.convert(weight[None])[0])
+
+    def run(
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        weights: ExpertWeights,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> None:
+        alpha, limit = self.clamp or (None, None)
+        self.fused(
+            output, x, weights.gate_up, weights.down, topk_weights, topk_ids, UNQUANTIZED,
+            None, None, None, None, None, None, weights.gate_up_bias, weights.down_bias, alpha, limit, True,
+        )  # fmt: skip
+
+
 def find_kernels(manifest: Manifest, most_experts: int) -> Kernels | None:
-    """What computes these experts on this machine, or None. most_experts: held of one layer."""
-    function = manifest.expert_function
+    """The fastest that compute these experts on this machine, or None. most_experts: held of one layer."""
     sizes = manifest.hidden_size, manifest.intermediate_size
-    if not _computes(function) or any(size % ALIGNMENT for size in sizes):
+    if not manifest.expert_function.gated or any(size % ALIGNMENT for size in sizes):
         return None
     if most_experts * 2 * sizes[0] * sizes[1] > MAX_ELEMENTS or not _load_library():
         return None
+    amx = manifest.dtype == "bfloat16" and _has_amx()
+    return (None if amx else _fused_experts(manifest)) or _fused_moe(manifest.expert_function, amx)
+
+
+def _fused_experts(manifest: Manifest) -> FusedExperts | None:
     library = torch.ops._C
-    isa = "amx" if manifest.dtype == "bfloat16" and _has_amx() else "vec"
-    return Kernels(
-        isa, ACTIVATIONS[function.activation], library.cpu_fused_moe.default, library.prepack_moe_weight.default
-    )
+    if manifest.dtype != "bfloat16" or not torch.cpu._is_avx512_bf16_supported():
+        return None
+    if not hasattr(library, "fused_experts_cpu"):
+        return None
+    match manifest.expert_function:
+        case ExpertFunction(activation="silu", bias=False):
+            clamp = None
+        case ExpertFunction(activation=name, alpha=float(alpha), limit=float(limit)) if name == SWIGLU_CLAMPED:
+            clamp = alpha, limit
+        case _:
+            return None
+    return FusedExperts(clamp, library.fused_experts_cpu.default, library.convert_weight_packed.default)
 
 
-def _computes(function: ExpertFunction) -> bool:
-    if not function.gated or function.activation not in ACTIVATIONS:
-        return False
+def _fused_moe(function: ExpertFunction, amx: bool) -> FusedMoe | None:
+    if function.activation not in ACTIVATIONS:
+        return None
     clamp = function.alpha, function.limit
-    return function.activation != SWIGLU_CLAMPED or clamp == (CLAMPED_ALPHA, CLAMPED_LIMIT)
+    if function.activation == SWIGLU_CLAMPED and clamp != (CLAMPED_ALPHA, CLAMPED_LIMIT):
+        return None
+    library = torch.ops._C
+    activation = ACTIVATIONS[function.activation]
+    return FusedMoe(
+        "amx" if amx else "vec", activation, library.cpu_fused_moe.default, library.prepack_moe_weight.default
+    )
 
 
 @cache

@@ -25,7 +25,12 @@ from expertmesh.errors import ConfigError
 CPU = torch.device("cpu")
 GPT_OSS = ExpertFunction(activation="swiglu_clamped", bias=True, alpha=1.702, limit=7.0)
 FUNCTIONS = [ExpertFunction(activation="silu"), ExpertFunction(activation="gelu", gated=False, bias=True), GPT_OSS]
-FUSED_FUNCTIONS = [ExpertFunction(activation=name) for name in ("silu", "gelu", "gelu_pytorch_tanh")] + [GPT_OSS]
+FUSED_FUNCTIONS = [
+    *(ExpertFunction(activation=name) for name in ("silu", "gelu", "gelu_pytorch_tanh")),
+    ExpertFunction(activation="silu", bias=True),
+    ExpertFunction(activation="swiglu_clamped", alpha=1.702, limit=7.0),
+    GPT_OSS,
+]
 HIDDEN, INNER = 32, 96
 
 
@@ -114,8 +119,9 @@ def test_fused_kernels_equal_the_dense_computation(
         asked = some_pairs(rows, 6, count)
         result = executor.run(1, hidden_states, asked)
         exact = dense(held, 1, hidden_states, asked, torch.float64)
-        error = (result.double() - exact).abs().max() / exact.square().mean().sqrt()
-        assert error < {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+        errors = (result.double() - exact) / exact.square().mean().sqrt()
+        assert errors.abs().max() < {"float32": 1e-5, "float16": 4e-3, "bfloat16": 5e-2}[dtype]
+        assert errors.square().mean().sqrt() < {"float32": 1e-6, "float16": 6e-4, "bfloat16": 5e-3}[dtype]
 
 
 @needs_vllm_cpu
@@ -197,10 +203,14 @@ def test_more_pairs_than_are_computed_at_a_time(
 
 
 @needs_vllm_cpu
-def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(write_artifact: Callable[..., Path]) -> None:
-    held = hold(write_artifact(hidden_size=HIDDEN, intermediate_size=INNER, dtype="bfloat16"))
-    executor = build_executor(held, CPU)
-    hidden_states = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(8)).bfloat16()
+@pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (512, 1024)])
+@pytest.mark.parametrize("function", [ExpertFunction(activation="silu"), GPT_OSS], ids=lambda each: each.activation)
+def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(
+    write_artifact: Callable[..., Path], hidden: int, inner: int, function: ExpertFunction
+) -> None:
+    path = write_artifact(hidden_size=hidden, intermediate_size=inner, dtype="bfloat16", expert_function=function)
+    executor = build_executor(hold(path), CPU)
+    hidden_states = torch.randn(150, hidden, generator=torch.Generator().manual_seed(8)).bfloat16()
     asked = some_pairs(150, 6, 700)
     crowd = executor.run(1, hidden_states, asked)
     for row in range(0, 150, 10):

