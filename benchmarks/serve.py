@@ -4,6 +4,9 @@ Both sides run vLLM's own API server, so that the engine and what is behind it a
 machine: its OpenMP threads are bound to all cores, which on two cores is faster than its default of one. expertmesh
 has the engine arguments and the environment that `router_service.app` gives a router. `cluster_ratio_to_vllm` is of
 the whole cluster, with Ray Serve in front, as `expertmesh up` starts it.
+
+Plain vLLM's processes are stopped (SIGSTOP) while the other side has its turn: its worker polls for work, and an idle
+one takes up to half a core from who shares the machine. An idle expertmesh sleeps, and is left as it is.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import mixtral
 from benchmarks.measure import alternate, median, median_ratio
@@ -45,19 +51,46 @@ def run(cluster: str | None) -> dict[str, object]:
     """`cluster` is not used: the servers are its own."""
     checkpoint, artifact = mixtral.make(WORK)
     with plain_server(checkpoint) as plain, split_server(artifact) as split:
-        figures = compare({PLAIN: plain, OURS: split})
+        figures = compare(plain, split)
     with plain_server(checkpoint) as plain, whole_cluster(artifact) as whole:
-        behind_serve = compare({PLAIN: plain, OURS: whole})
+        behind_serve = compare(plain, whole)
     return figures | {f"cluster_{key}": value for key, value in behind_serve.items()}
 
 
-def compare(servers: Mapping[str, str]) -> dict[str, object]:
+@dataclass(frozen=True)
+class PlainServer:
+    """Processes of plain vLLM, which are stopped but for their own turns."""
+
+    url: str
+    pid: int
+
+    def stop(self) -> None:
+        for process in self._processes():
+            process.suspend()
+
+    def go_on(self) -> None:
+        for process in self._processes():
+            process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        server = psutil.Process(self.pid)
+        return [server, *server.children(recursive=True)]
+
+
+def compare(plain: PlainServer, ours: str) -> dict[str, object]:
     """Figures per concurrency of both servers, which take turns; a ratio is the median over the rounds."""
     draw = random.Random(0)
+    servers = {PLAIN: plain.url, OURS: ours}
 
     def take(url: str, count: int, length: int, tokens: int) -> Round:
         prompts = [[draw.randrange(3, mixtral.VOCABULARY) for _ in range(length)] for _ in range(count)]
-        return run_round(url, MODEL, prompts, tokens)
+        if url == plain.url:
+            plain.go_on()
+        try:
+            return run_round(url, MODEL, prompts, tokens)
+        finally:
+            if url == plain.url:
+                plain.stop()
 
     figures: dict[str, dict[str, Any]] = {"ratio_to_vllm": {}, "tokens_per_s": {}}
     figures |= {"first_token_ms": {}, "inter_token_ms": {}}
@@ -83,12 +116,17 @@ def compare(servers: Mapping[str, str]) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def plain_server(checkpoint: Path) -> Iterator[str]:
-    """Plain vLLM with the whole machine; yields its URL."""
+def plain_server(checkpoint: Path) -> Iterator[PlainServer]:
+    """Plain vLLM with the whole machine; stopped once it is up."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     arguments = {"max_model_len": ENGINE.max_model_len, "kv_cache_memory_bytes": int(ENGINE.kv_cache_gib * 2**30)}
-    with api_server(checkpoint, arguments, {"VLLM_CPU_OMP_THREADS_BIND": cores}) as url:
-        yield url
+    with api_server(checkpoint, arguments, {"VLLM_CPU_OMP_THREADS_BIND": cores}) as (url, pid):
+        server = PlainServer(url, pid)
+        server.stop()
+        try:
+            yield server
+        finally:
+            server.go_on()
 
 
 @contextlib.contextmanager
@@ -103,7 +141,7 @@ def split_server(artifact: Path) -> Iterator[str]:
             stack.enter_context(_printing_its_address(["-m", "expert_service", *given]))
         args = RouterArgs(artifact=str(artifact), name=MODEL, engine=ENGINE, directory=directory)
         environment = app.environment(ENGINE.num_cpus, 0)
-        yield stack.enter_context(api_server(artifact / "trunk", app.engine_arguments(args), environment))
+        yield stack.enter_context(api_server(artifact / "trunk", app.engine_arguments(args), environment))[0]
 
 
 @contextlib.contextmanager
@@ -134,8 +172,11 @@ def api_server(
     *,
     name: str = MODEL,
     logs: Path = WORK,
-) -> Iterator[str]:
-    """vLLM's own, with these engine arguments; yields its URL. Raises ClusterError where it does not come up."""
+) -> Iterator[tuple[str, int]]:
+    """vLLM's own, with these engine arguments; yields its URL and process id.
+
+    Raises ClusterError where it does not come up.
+    """
     port = local_ray.free_ports(1)[0]
     url = f"http://127.0.0.1:{port}"
     flags = ["--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
@@ -146,7 +187,7 @@ def api_server(
     log = logs / f"server-{port}.log"
     with log.open("wb") as output, _process(command, quiet | dict(environment), output) as process:
         _wait_until(lambda: _answers(f"{url}/health"), process, log)
-        yield url
+        yield url, process.pid
 
 
 def _flag(name: str, value: object) -> list[str]:

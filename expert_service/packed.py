@@ -42,9 +42,26 @@ class PackedExecutor:
         x = hidden_states if hidden_states.dtype is self._dtype else hidden_states.to(self._dtype)
         weights, slots = self._layers[layer]
         table = self._filler.fill(pairs, slots, x.shape[0])
-        if table is None:
-            return self._run_tables(weights, x, tables(pairs, slots, len(x), self._kernels.pairs_per_read))
-        return self._compute(weights, x, *table)
+        if table is not None:
+            return self._compute(weights, x, *table)
+        if self._kernels.by_pair:
+            return self._run_pairs(weights, slots, x, pairs)
+        return self._run_tables(weights, x, tables(pairs, slots, len(x), self._kernels.pairs_per_read))
+
+    def _run_pairs(
+        self, weights: ExpertWeights, slots: NDArray[numpy.int32], x: torch.Tensor, pairs: Pairs
+    ) -> torch.Tensor:
+        """Each pair as a row of its own, summed up afterwards in the order in which the kernel would."""
+        order = numpy.lexsort((pairs.experts, pairs.rows))
+        rows = torch.from_numpy(pairs.rows[order])
+        ids = torch.from_numpy(slots[pairs.experts[order]])[:, None]
+        topk_weights = torch.from_numpy(pairs.weights[order])[:, None]
+        sums = torch.zeros(x.shape, dtype=torch.float32)
+        for start in range(0, len(rows), self._max_pairs):
+            part = slice(start, start + self._max_pairs)
+            output = self._compute(weights, x.index_select(0, rows[part]), ids[part], topk_weights[part])
+            sums.index_add_(0, rows[part], output.float())
+        return sums.to(self._dtype)
 
     def _run_tables(self, weights: ExpertWeights, x: torch.Tensor, found: list[Table]) -> torch.Tensor:
         sums = None

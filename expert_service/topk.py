@@ -2,7 +2,7 @@
 
 A row with fewer than K pairs is filled up with its own first expert at weight 0: it adds nothing, and reads no weights
 that are not read anyway. It is computed all the same: `pairs_per_read`, how many pairs an expert computes in the time
-that reading its weights takes, decides when rows of unlike numbers of pairs are told apart.
+that telling rows of unlike numbers of pairs apart costs, decides when that is done.
 """
 
 from __future__ import annotations

@@ -53,8 +53,16 @@ class Kernels(Protocol):
         ...
 
     @property
+    def by_pair(self) -> bool:
+        """Whether each pair is rounded before the sum, so that pairs by themselves give a sum of the same bits."""
+        ...
+
+    @property
     def pairs_per_read(self) -> int:
-        """Pairs that an expert computes in the time that reading its weights a second time takes, as measured."""
+        """Pairs that an expert computes in the time that rows of unlike numbers of pairs cost, as measured.
+
+        That is its share of summing up pairs where `by_pair`; otherwise, of reading its weights a second time.
+        """
         ...
 
     def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
@@ -83,6 +91,7 @@ class FusedMoe:
     fused: torch._ops.OpOverload = field(repr=False)
     prepack: torch._ops.OpOverload = field(repr=False)
     bias_dtype: torch.dtype | None = None
+    by_pair: bool = False
 
     @property
     def interleaved(self) -> bool:
@@ -123,7 +132,8 @@ class FusedExperts:
     fused: torch._ops.OpOverload = field(repr=False)
     convert: torch._ops.OpOverload = field(repr=False)
     bias_dtype: torch.dtype | None = torch.float32
-    pairs_per_read: int = 8
+    by_pair: bool = True
+    pairs_per_read: int = 1
 
     @property
     def interleaved(self) -> bool:

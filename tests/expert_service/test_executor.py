@@ -206,13 +206,20 @@ def test_more_pairs_than_are_computed_at_a_time(
 @pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (512, 1024)])
 @pytest.mark.parametrize("function", [ExpertFunction(activation="silu"), GPT_OSS], ids=lambda each: each.activation)
 def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(
-    write_artifact: Callable[..., Path], hidden: int, inner: int, function: ExpertFunction
+    write_artifact: Callable[..., Path],
+    hidden: int,
+    inner: int,
+    function: ExpertFunction,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write_artifact(hidden_size=hidden, intermediate_size=inner, dtype="bfloat16", expert_function=function)
     executor = build_executor(hold(path), CPU)
+    monkeypatch.setattr("expert_service.packed.CHUNK_PAIRS", 500)
+    in_parts = build_executor(hold(path), CPU)
     hidden_states = torch.randn(150, hidden, generator=torch.Generator().manual_seed(8)).bfloat16()
     asked = some_pairs(150, 6, 700)
     crowd = executor.run(1, hidden_states, asked)
+    assert torch.equal(in_parts.run(1, hidden_states, asked), crowd)
     for row in range(0, 150, 10):
         own = asked.rows == row
         alone = Pairs(asked.rows[own] * 0, asked.experts[own][::-1], asked.weights[own][::-1])

@@ -123,7 +123,7 @@ def compare(failed: Sequence[Exchange], model: str) -> list[Comparison]:
         "enforce_eager": True,
     }
     environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with api_server(demo.CHECKPOINT, arguments, environment, name=model, logs=WORK) as url:
+    with api_server(demo.CHECKPOINT, arguments, environment, name=model, logs=WORK) as (url, _):
         return [Comparison(one.request, one.answer, send(url, one.request)) for one in failed]
 
 
