@@ -9,13 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from expert_service.executor import Pairs
-from expert_service.topk import Table, TableFiller, tables
+from expert_service.topk import PairSpreader, Table, TableFiller, tables
 from expert_service.vllm_kernels import MAX_ELEMENTS, Kernels
 from expert_service.weights import HeldExperts
 from expertmesh.artifact.experts import ExpertWeights
 
 CHUNK_PAIRS = 4096
 """Pairs of one call, which bounds the kernel's scratch memory."""
+SPREAD_PAIRS = 1024
+"""Pairs that are laid out by native code: with more, it makes no difference."""
 
 
 class PackedExecutor:
@@ -37,6 +39,7 @@ class PackedExecutor:
                 for layer, weights in zip(held.layers, packed, strict=True)
             }
         self._filler = TableFiller(self._max_pairs, kernels.pairs_per_read)
+        self._spreader = PairSpreader(min(SPREAD_PAIRS, self._max_pairs), manifest.hidden_size, self._dtype)
 
     def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         x = hidden_states if hidden_states.dtype is self._dtype else hidden_states.to(self._dtype)
@@ -52,6 +55,8 @@ class PackedExecutor:
         self, weights: ExpertWeights, slots: NDArray[numpy.int32], x: torch.Tensor, pairs: Pairs
     ) -> torch.Tensor:
         """Each pair as a row of its own, summed up afterwards in the order in which the kernel would."""
+        if self._spreader.fits(pairs):
+            return self._spreader.sum(self._compute(weights, *self._spreader.spread(pairs, slots, x)), len(x))
         order = numpy.lexsort((pairs.experts, pairs.rows))
         rows = torch.from_numpy(pairs.rows[order])
         ids = torch.from_numpy(slots[pairs.experts[order]])[:, None]

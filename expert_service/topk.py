@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from expert_service.executor import Pairs
+from expertmesh.wire.tensors import WIRE_DTYPES
 
 try:
-    from expertmesh_native import fill_table
+    from expertmesh_native import fill_table, spread_pairs, sum_pairs
 except ImportError:
-    fill_table = None  # type: ignore[assignment]
+    fill_table = spread_pairs = sum_pairs = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,42 @@ class TableFiller:
             return None
         shape, strides = (num_rows, width), (width, 1)
         return self._ids.as_strided(shape, strides), self._weights.as_strided(shape, strides)
+
+
+class PairSpreader:
+    """Pairs as rows of their own, by row and ascending expert, in memory that the next ones use again; native where it
+    can."""
+
+    def __init__(self, max_pairs: int, hidden_size: int, dtype: torch.dtype) -> None:
+        self._capacity = max_pairs
+        self._rows = torch.empty(max_pairs, dtype=torch.int32)
+        self._ids = torch.empty(max_pairs, 1, dtype=torch.int32)
+        self._weights = torch.empty(max_pairs, 1, dtype=torch.float32)
+        self._x = torch.empty(max_pairs, hidden_size, dtype=dtype)
+        self._addresses = tuple(each.data_ptr() for each in (self._rows, self._ids, self._weights, self._x))
+
+    def fits(self, pairs: Pairs) -> bool:
+        return spread_pairs is not None and 0 < len(pairs.rows) <= self._capacity
+
+    def spread(
+        self, pairs: Pairs, slots: NDArray[numpy.int32], x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of x [P, H], ids [P, 1] int32 and weights [P, 1], of pairs that fit and contiguous x [R, H]."""
+        spread_pairs(
+            pairs.rows, pairs.experts, pairs.weights, slots, len(x), x.data_ptr(), x.shape[1] * x.itemsize,
+            *self._addresses,
+        )  # fmt: skip
+        count = len(pairs.rows)
+        return self._x[:count], self._ids[:count], self._weights[:count]
+
+    def sum(self, outputs: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """[num_rows, H]: outputs [P, H] of the pairs that were spread last, summed up by row in fp32, rounded once."""
+        sums = torch.empty(num_rows, outputs.shape[1], dtype=outputs.dtype)
+        sum_pairs(
+            len(outputs), outputs.shape[1], WIRE_DTYPES[outputs.dtype], self._addresses[0], outputs.data_ptr(),
+            num_rows, sums.data_ptr(),
+        )  # fmt: skip
+        return sums
 
 
 def tables(pairs: Pairs, slots: NDArray[numpy.int32], num_rows: int, pairs_per_read: int) -> list[Table]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from marks import needs_gpu, needs_vllm_cpu
+from marks import needs_gpu, needs_native, needs_vllm_cpu
 
 from expert_service.choice import build_executor
 from expert_service.executor import Executor, LoopExecutor, Pairs, add_by_row, add_in_turns
@@ -47,6 +47,11 @@ EXECUTORS = [*GENERAL, pytest.param(packed, marks=needs_vllm_cpu)]
 @pytest.fixture(scope="module")
 def artifact(write_artifact: Callable[..., Path]) -> Path:
     return write_artifact(hidden_size=HIDDEN, intermediate_size=INNER)
+
+
+@pytest.fixture(scope="module")
+def bf16_artifact(write_artifact: Callable[..., Path]) -> Path:
+    return write_artifact(hidden_size=HIDDEN, intermediate_size=INNER, dtype="bfloat16")
 
 
 def hold(artifact: Path, wanted: dict[int, frozenset[int]] | None = None) -> HeldExperts:
@@ -158,10 +163,11 @@ def test_any_pairs_duplicates_and_rows_without_one(
 
 
 @pytest.mark.parametrize("make", EXECUTORS)
-def test_no_rows_and_no_pairs(artifact: Path, make: Callable[..., Executor]) -> None:
-    executor = make(hold(artifact), CPU)
-    assert executor.run(1, torch.empty(0, HIDDEN), pairs([], [], [])).shape == (0, HIDDEN)
-    assert executor.run(1, torch.ones(2, HIDDEN), pairs([], [], [])).tolist() == [[0.0] * HIDDEN] * 2
+def test_no_rows_and_no_pairs(artifact: Path, bf16_artifact: Path, make: Callable[..., Executor]) -> None:
+    for path in (artifact, bf16_artifact):
+        executor = make(hold(path), CPU)
+        assert executor.run(1, torch.empty(0, HIDDEN), pairs([], [], [])).shape == (0, HIDDEN)
+        assert executor.run(1, torch.ones(2, HIDDEN), pairs([], [], [])).tolist() == [[0.0] * HIDDEN] * 2
 
 
 @pytest.mark.parametrize("make", EXECUTORS)
@@ -225,6 +231,26 @@ def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(
         alone = Pairs(asked.rows[own] * 0, asked.experts[own][::-1], asked.weights[own][::-1])
         if len(numpy.unique(alone.experts)) == len(alone.experts):
             assert torch.equal(executor.run(1, hidden_states[row : row + 1], alone)[0], crowd[row])
+
+
+@needs_native
+@needs_vllm_cpu
+@given(asked=columns)
+@settings(max_examples=40, deadline=None)
+def test_pairs_spread_by_native_code_and_by_numpy_are_the_same_bits(
+    bf16_artifact: Path, asked: list[tuple[int, int, float]]
+) -> None:
+    """Whatever kernel the machine has: the pairs' own are asked for directly."""
+    executor = build_executor(hold(bf16_artifact), CPU)
+    assert isinstance(executor, PackedExecutor)
+    hidden_states = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
+    columns = pairs(*([pair[i] for pair in asked] for i in range(3)))  # type: ignore[arg-type]
+    weights, slots = executor._layers[3]
+    native = executor._run_pairs(weights, slots, hidden_states, columns)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("expert_service.topk.spread_pairs", None)
+        plain = executor._run_pairs(weights, slots, hidden_states, columns)
+    assert torch.equal(native, plain)
 
 
 @pytest.mark.parametrize("make", EXECUTORS)

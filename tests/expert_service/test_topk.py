@@ -4,12 +4,13 @@ from itertools import combinations
 
 import numpy
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from marks import needs_native
 
 from expert_service.executor import Pairs
-from expert_service.topk import Table, TableFiller, cheapest_widths, tables
+from expert_service.topk import PairSpreader, Table, TableFiller, cheapest_widths, tables
 
 SLOTS = numpy.arange(8, dtype=numpy.int32)
 READ = 48
@@ -105,5 +106,30 @@ def test_the_native_filler_makes_the_same_table(asked: list[tuple[int, int, floa
 @pytest.mark.parametrize(("row", "expert"), [(-1, 0), (1, 0), (0, -1), (0, 8), (0, 3)])
 def test_the_native_filler_refuses_what_is_not_there(row: int, expert: int) -> None:
     held = numpy.where(SLOTS == 3, -1, SLOTS).astype(numpy.int32)
+    asked = as_pairs([(0, 0, 1.0), (row, expert, 1.0)])
     with pytest.raises(IndexError, match="not there"):
-        TableFiller(64, READ).fill(as_pairs([(0, 0, 1.0), (row, expert, 1.0)]), held, 1)
+        TableFiller(64, READ).fill(asked, held, 1)
+    with pytest.raises(IndexError, match="not there"):
+        PairSpreader(64, 4, torch.float32).spread(asked, held, torch.zeros(1, 4))
+
+
+@needs_native
+@given(asked=columns)
+def test_spread_pairs_are_rows_of_their_own_in_order_and_sum_up_by_row(asked: list[tuple[int, int, float]]) -> None:
+    x = torch.arange(40.0).view(10, 4)
+    spreader = PairSpreader(64, 4, torch.float32)
+    rows, ids, weights = spreader.spread(as_pairs(asked), SLOTS, x)
+    order = sorted(range(len(asked)), key=lambda pair: asked[pair][:2])
+    assert ids[:, 0].tolist() == [asked[pair][1] for pair in order]
+    assert weights[:, 0].tolist() == [asked[pair][2] for pair in order]
+    assert torch.equal(rows, x[[asked[pair][0] for pair in order]])
+    expected = torch.zeros(10, 4)
+    for pair in order:
+        expected[asked[pair][0]] += x[asked[pair][0]] * asked[pair][2]
+    assert torch.equal(spreader.sum(rows * weights, 10), expected)
+
+
+@needs_native
+def test_more_pairs_than_the_spreader_holds_do_not_fit() -> None:
+    assert PairSpreader(2, 4, torch.float32).fits(as_pairs([(0, 0, 1.0), (0, 1, 1.0)]))
+    assert not PairSpreader(1, 4, torch.float32).fits(as_pairs([(0, 0, 1.0), (0, 1, 1.0)]))

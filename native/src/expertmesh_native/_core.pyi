@@ -139,3 +139,25 @@ def fill_table(
     ids_address: int,
     topk_weights_address: int,
 ) -> int: ...
+def spread_pairs(
+    rows: NDArray[numpy.int32],
+    experts: NDArray[numpy.int32],
+    weights: NDArray[numpy.float32],
+    slots: NDArray[numpy.int32],
+    num_rows: int,
+    x_address: int,
+    row_bytes: int,
+    pair_rows_address: int,
+    ids_address: int,
+    topk_weights_address: int,
+    spread_address: int,
+) -> None: ...
+def sum_pairs(
+    pairs: int,
+    width: int,
+    dtype: int,
+    pair_rows_address: int,
+    outputs_address: int,
+    num_rows: int,
+    sums_address: int,
+) -> None: ...
