@@ -22,6 +22,8 @@ import torch
 
 from benchmarks import measure, wire
 from benchmarks.echo import CALLER_CORES, HEAD, OPTIONS, UNARY_METHOD, peers, receive
+from benchmarks.emulated_tier import own_ray
+from expertmesh.cluster.local_ray import HOST
 from router_service.dispatch.scatter import scatter, to_pairs
 from router_service.dispatcher import Dispatcher
 
@@ -200,22 +202,26 @@ class HandlePeers:
 @contextlib.contextmanager
 def ray_handles(count: int) -> Iterator[HandlePeers]:
     """`count` deployments that echo, in a Ray of their own."""
-    import ray
-    from ray import serve
+    # not by ray.init: its processes would be forked from this one, amid gRPC's threads, and at times one never came up
+    with tempfile.TemporaryDirectory(prefix="expertmesh-") as folder, own_ray(count + 2, Path(folder)) as started:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": started.token}
+        import ray  # which reads them once
+        from ray import serve
 
-    class Echo:
-        def __call__(self, request: bytes, wanted: int) -> bytes:
-            return bytes(wanted)
+        class Echo:
+            def __call__(self, request: bytes, wanted: int) -> bytes:
+                return bytes(wanted)
 
-    ray.init(address="local", num_cpus=count + 2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    try:
-        serve.start(proxy_location="Disabled")
-        handles = [
-            serve.run(serve.deployment(Echo).bind(), name=f"echo{number}", route_prefix=None) for number in range(count)
-        ]
-        peers = HandlePeers(handles)
-        peers.way([(4, 4)] * count)()
-        yield peers
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.init(address=started.gcs, _node_ip_address=HOST, log_to_driver=False, configure_logging=False)
+        try:
+            serve.start(proxy_location="Disabled")
+            handles = [
+                serve.run(serve.deployment(Echo).bind(), name=f"echo{number}", route_prefix=None)
+                for number in range(count)
+            ]
+            peers = HandlePeers(handles)
+            peers.way([(4, 4)] * count)()
+            yield peers
+        finally:
+            serve.shutdown()
+            ray.shutdown()

@@ -99,17 +99,24 @@ class Tier:
 
 
 @contextlib.contextmanager
+def own_ray(num_cpus: int, folder: Path) -> Iterator[local_ray.LocalRay]:
+    """A Ray of one node, which logs to `folder` and ends with the block."""
+    ray = local_ray.start(num_cpus, folder / "ray.log")
+    try:
+        local_ray.wait_until_up(ray, RAY_START_S, lambda: None)
+        yield ray
+    finally:
+        processes.end(ray.marker, GRACE_S)
+
+
+@contextlib.contextmanager
 def running_tier(num_cpus: int) -> Iterator[Tier]:
     """Ray of our own with so many logical CPUs, and the demo model's artifact; all ends with the block."""
     with tempfile.TemporaryDirectory(prefix="expertmesh-") as folder:
         artifact = Path(folder) / "demo.artifact"
         prepare(CHECKPOINT, artifact)
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        ray = local_ray.start(num_cpus, Path(folder) / "ray.log")
-        try:
-            local_ray.wait_until_up(ray, RAY_START_S, lambda: None)
+        with own_ray(num_cpus, Path(folder)) as ray:
             http_port, grpc_port = local_ray.free_ports(2)
             api = ServeApi(ray.dashboard, ray.token)
             yield Tier(api, read_manifest(artifact), Path(folder), artifact, (http_port, grpc_port), ray)
-        finally:
-            processes.end(ray.marker, GRACE_S)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
@@ -84,16 +84,12 @@ class TwoNodes:
     @property
     def command(self) -> list[str]:
         """That started the head."""
-        return cast("list[str]", self.head.process.args)
+        return self.head.command
 
     @property
     def gcs(self) -> str:
         """host:port."""
-        host, port = (
-            next(one.removeprefix(name) for one in self.command if one.startswith(name))
-            for name in ("--node-ip-address=", "--port=")
-        )
-        return f"{host}:{port}"
+        return self.head.gcs
 
     @property
     def api(self) -> ServeApi:

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from expertmesh.cluster.processes import MARKER
 from expertmesh.cluster.serve_api import ServeApi
@@ -47,6 +47,20 @@ class LocalRay:
     marker: str
     temp_dir: Path
     log: Path
+
+    @property
+    def command(self) -> list[str]:
+        """That started it."""
+        return cast("list[str]", self.process.args)
+
+    @property
+    def gcs(self) -> str:
+        """host:port."""
+        host, port = (
+            next(one.removeprefix(name) for one in self.command if one.startswith(name))
+            for name in ("--node-ip-address=", "--port=")
+        )
+        return f"{host}:{port}"
 
 
 def start(
