@@ -205,7 +205,8 @@ def ray_handles(count: int) -> Iterator[HandlePeers]:
     # not by ray.init: its processes would be forked from this one, amid gRPC's threads, and at times one never came up
     with tempfile.TemporaryDirectory(prefix="expertmesh-") as folder, own_ray(count + 2, Path(folder)) as started:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": started.token}
-        import ray  # which reads them once
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # the head is on 127.0.0.1
+        import ray  # which reads them when it is imported
         from ray import serve
 
         class Echo:
