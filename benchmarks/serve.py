@@ -7,6 +7,9 @@ the whole cluster, with Ray Serve in front, as `expertmesh up` starts it.
 
 Plain vLLM's processes are stopped (SIGSTOP) while the other side has its turn: its worker polls for work, and an idle
 one takes up to half a core from who shares the machine. An idle expertmesh sleeps, and is left as it is.
+
+`cpu_ms_per_step` says what the time goes to: processor time of all threads of each kind of process, by the tokens of
+one stream. What is not vLLM's, a replica or the client is `other`: the directory, and Ray behind Ray Serve.
 """
 
 from __future__ import annotations
@@ -45,6 +48,14 @@ CONCURRENCIES = (1, 4, 16, 64)
 PROMPT_TOKENS, OUTPUT_TOKENS, PREFILL_TOKENS = 32, 64, 512
 READY_S = 400.0
 PLAIN, OURS = "vllm", "expertmesh"
+SIGNS = {
+    "api_server": "vllm.entrypoints.openai.api_server",
+    "engine": "VLLM::EngineCore",
+    "worker": "VLLM::Worker",
+    "replicas": "-m expert_service",
+}
+"""What the command of a kind of process contains; expertmesh's worker is in its engine's process."""
+KINDS = (*SIGNS, "client", "other")
 
 
 def run(cluster: str | None) -> dict[str, object]:
@@ -93,26 +104,48 @@ def compare(plain: PlainServer, ours: str) -> dict[str, object]:
                 plain.stop()
 
     figures: dict[str, dict[str, Any]] = {"ratio_to_vllm": {}, "tokens_per_s": {}}
-    figures |= {"first_token_ms": {}, "inter_token_ms": {}}
+    figures |= {"first_token_ms": {}, "inter_token_ms": {}, "cpu_ms_per_step": {}}
+
+    def take_and_count(name: str, count: int) -> tuple[Round, dict[str, float]]:
+        before = cpu_seconds()
+        taken = take(servers[name], count, PROMPT_TOKENS, OUTPUT_TOKENS)
+        return taken, {kind: spent - before.get(kind, 0.0) for kind, spent in cpu_seconds().items()}
+
     for count in CONCURRENCIES:
-        rounds = alternate(
-            {name: partial(take, url, count, PROMPT_TOKENS, OUTPUT_TOKENS) for name, url in servers.items()}
-        )
+        counted = alternate({name: partial(take_and_count, name, count) for name in servers})
+        rounds = {name: [one for one, _ in each] for name, each in counted.items()}
         speeds = {name: [one.tokens_per_s for one in each] for name, each in rounds.items()}
         case = str(count)
         figures["ratio_to_vllm"][case] = round(median_ratio(speeds[OURS], speeds[PLAIN]), 3)
         figures["tokens_per_s"][case] = {name: round(median(each), 1) for name, each in speeds.items()}
+        figures["cpu_ms_per_step"][case] = {
+            name: {kind: round(median([1e3 * spent[kind] / OUTPUT_TOKENS for _, spent in each]), 1) for kind in KINDS}
+            for name, each in counted.items()
+        }
         for key in ("first_token_ms", "inter_token_ms"):
             figures[key][case] = {
                 name: round(median([getattr(one, key) for one in each]), 2) for name, each in rounds.items()
             }
-    rounds = alternate({name: partial(take, url, 1, PREFILL_TOKENS, 1) for name, url in servers.items()})
-    times = {name: [one.first_token_ms for one in each] for name, each in rounds.items()}
+    prefills = alternate({name: partial(take, url, 1, PREFILL_TOKENS, 1) for name, url in servers.items()})
+    times = {name: [one.first_token_ms for one in each] for name, each in prefills.items()}
     prefill = {name: round(median(each), 1) for name, each in times.items()}
     return figures | {
         "prefill_ms": prefill,
         "prefill_ratio_to_vllm": round(median_ratio(times[PLAIN], times[OURS]), 3),
     }
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Processor time so far of this process and of those that it started, by kind."""
+    found = dict.fromkeys(KINDS, 0.0) | {"client": time.process_time()}
+    for process in psutil.Process().children(recursive=True):
+        try:
+            command, times = " ".join(process.cmdline()), process.cpu_times()
+        except psutil.Error:
+            continue  # it has ended, or is about to
+        kind = next((kind for kind, sign in SIGNS.items() if sign in command), "other")
+        found[kind] += times.user + times.system
+    return found
 
 
 @contextlib.contextmanager
