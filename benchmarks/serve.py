@@ -84,8 +84,12 @@ class PlainServer:
             process.resume()
 
     def _processes(self) -> list[psutil.Process]:
-        server = psutil.Process(self.pid)
-        return [server, *server.children(recursive=True)]
+        """None where it has ended: its clients fail then, and say so."""
+        try:
+            server = psutil.Process(self.pid)
+            return [server, *server.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
 
 def compare(plain: PlainServer, ours: str) -> dict[str, object]:

@@ -130,7 +130,6 @@ class FusedExperts:
     clamp: tuple[float, float] | None
     """alpha and limit of the clamped SwiGLU; None: SiLU."""
     fused: torch._ops.OpOverload = field(repr=False)
-    convert: torch._ops.OpOverload = field(repr=False)
     bias_dtype: torch.dtype | None = torch.float32
     by_pair: bool = True
     pairs_per_read: int = 1
@@ -140,7 +139,9 @@ class FusedExperts:
         return self.clamp is not None
 
     def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
-        packed.copy_(self.convert(weight[None])[0])
+        # what convert_weight_packed does, without memory of its own: [out / 32, in / 2, 32] pairs of elements
+        tiles = weight.contiguous().view(torch.int32).unflatten(0, (-1, ALIGNMENT)).transpose(1, 2)
+        packed.view(torch.int32).view(tiles.shape).copy_(tiles)
 
     def run(
         self,
@@ -181,7 +182,7 @@ def _fused_experts(manifest: Manifest) -> FusedExperts | None:
             clamp = alpha, limit
         case _:
             return None
-    return FusedExperts(clamp, library.fused_experts_cpu.default, library.convert_weight_packed.default)
+    return FusedExperts(clamp, library.fused_experts_cpu.default)
 
 
 def _fused_moe(function: ExpertFunction, amx: bool) -> FusedMoe | None:

@@ -76,6 +76,16 @@ def test_which_kernel_computes(dtype: str, function: ExpertFunction) -> None:
         assert kernels.isa == ("amx" if bf16 and torch.cpu._is_amx_tile_supported() else "vec")
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no AVX512-BF16 in this machine")
+@pytest.mark.parametrize("shape", [(64, 32), (192, 96), (32, 256)])
+def test_experts_are_packed_as_the_library_packs_them(shape: tuple[int, int]) -> None:
+    assert vllm_kernels._load_library()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    packed = torch.empty_like(weight)
+    FusedExperts(None, torch.ops._C.fused_experts_cpu.default).pack(weight, packed)
+    assert torch.equal(packed, torch.ops._C.convert_weight_packed(weight[None])[0])
+
+
 def test_with_amx_vllms_own_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_kernels, "_has_amx", lambda: True)
     kernels = vllm_kernels.find_kernels(manifest("bfloat16", SILU), 8)
