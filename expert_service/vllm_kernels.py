@@ -140,7 +140,7 @@ class FusedExperts:
 
     def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
         # what convert_weight_packed does, without memory of its own: [out / 32, in / 2, 32] pairs of elements
-        tiles = weight.contiguous().view(torch.int32).unflatten(0, (-1, ALIGNMENT)).transpose(1, 2)
+        tiles = weight.contiguous().view(torch.int32).view(-1, ALIGNMENT, weight.shape[1] // 2).transpose(1, 2)
         packed.view(torch.int32).view(tiles.shape).copy_(tiles)
 
     def run(
