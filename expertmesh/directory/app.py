@@ -112,9 +112,9 @@ class DirectoryDeployment:
     async def _publish_forever(self) -> None:
         directory = self._directory
         while True:
-            await directory.forget_removed()
+            scaling = await directory.scaling_of_existing()
             load = directory.expert_load(pb.ExpertLoadRequest(window_s=WINDOW_S))
-            self._metrics.publish(load, directory.registry.replicas(), directory.scaling(), time.time())
+            self._metrics.publish(load, directory.registry.replicas(), scaling, time.time())
             await asyncio.sleep(EVERY_S)
 
 

@@ -83,7 +83,7 @@ class Decisions:
                 pb.GroupScaling(
                     last=history.last,
                     changes=history.changes,
-                    since_success_s=-1.0 if history.success_at is None else now - history.success_at,
+                    since_success_s=-1.0 if history.success_at is None else max(0.0, now - history.success_at),
                     stalled=self._stalled(history, now),
                 )
                 for _, history in sorted(self._groups.items())

@@ -126,8 +126,7 @@ class Directory:
     async def health(self) -> dict[str, Any]:
         """`status`: "ok", or "stalled" where the autoscaler of some groups has been silent or failing for too long;
         `stalled`: these groups; `groups`: the last decision for each."""
-        await self.forget_removed()
-        groups = self.scaling().groups
+        groups = (await self.scaling_of_existing()).groups
         stalled = [one.last.group for one in groups if one.stalled]
         return {
             "status": "stalled" if stalled else "ok",
@@ -144,9 +143,14 @@ class Directory:
             },
         }
 
-    async def forget_removed(self) -> None:
-        """Nobody decides any more for a group that does not exist: before it is called stalled, that is asked."""
+    async def scaling_of_existing(self) -> pb.ScalingReply:
+        """As of the time of the call, without groups that do not exist: nobody decides for these any more, so that
+        before one is called stalled, that is asked."""
         now = time.monotonic()
+        await self._forget_removed(now)
+        return self.decisions.reply(now)
+
+    async def _forget_removed(self, now: float) -> None:
         self.registry.expire(now)
         live = self.registry.groups()
         self._expect(live, now)

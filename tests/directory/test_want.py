@@ -125,6 +125,31 @@ def entry(group: str) -> pb.Replica:
     )
 
 
+class Meanwhile:
+    """Somebody decides for a group of which nothing was known when it was asked which groups exist."""
+
+    def __init__(self) -> None:
+        self.directory = Directory(self, stalled_after_s=0)
+
+    async def wake(self, group: str) -> None:
+        raise ClusterError(group)
+
+    async def replicas(self) -> dict[str, int]:
+        self.directory.report_decision(pb.ScalingDecision(group="unasked", target=1))
+        await asyncio.sleep(0.01)
+        return {"asked": 1}
+
+
+def test_no_group_is_called_stalled_before_it_was_asked_whether_it_exists() -> None:
+    async def test() -> None:
+        directory = Meanwhile().directory
+        directory.report_decision(pb.ScalingDecision(group="asked", target=1))
+        await asyncio.sleep(0.01)
+        assert (await directory.health())["stalled"] == ["asked"]
+
+    asyncio.run(test())
+
+
 def test_a_group_that_cannot_be_woken_is_forgotten_and_its_autoscaler_never_stalled() -> None:
     async def test() -> None:
         groups = Removed()
