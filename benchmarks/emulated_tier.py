@@ -1,5 +1,5 @@
 """An expert tier on a local Ray: the directory and groups of replicas with emulated devices, no router. Used by
-`hot_experts`."""
+`hot_experts`; its Ray alone by `dispatch`."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ machine: its OpenMP threads are bound to all cores, which on two cores is faster
 has the engine arguments and the environment that `router_service.app` gives a router. `cluster_ratio_to_vllm` is of
 the whole cluster, with Ray Serve in front, as `expertmesh up` starts it.
 
-Plain vLLM's processes are stopped (SIGSTOP) while the other side has its turn: its worker polls for work, and an idle
-one takes up to half a core from who shares the machine. An idle expertmesh sleeps, and is left as it is.
+Plain vLLM's processes are stopped (SIGSTOP) while the other side has its turn: its worker polls for work, and takes
+processor time from who shares the machine while it has none. An idle expertmesh sleeps, and is left as it is.
 
 `cpu_ms_per_step` says what the time goes to: processor time of all threads of each kind of process, by the tokens of
 one stream. What is not vLLM's, a replica or the client is `other`: the directory, and Ray behind Ray Serve.
@@ -75,13 +75,21 @@ class PlainServer:
     url: str
     pid: int
 
-    def stop(self) -> None:
-        for process in self._processes():
-            process.suspend()
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        self.go_on()
+        try:
+            yield
+        finally:
+            self.stop()
 
     def go_on(self) -> None:
         for process in self._processes():
             process.resume()
+
+    def stop(self) -> None:
+        for process in self._processes():
+            process.suspend()
 
     def _processes(self) -> list[psutil.Process]:
         """None where it has ended: its clients fail then, and say so."""
@@ -95,25 +103,22 @@ class PlainServer:
 def compare(plain: PlainServer, ours: str) -> dict[str, object]:
     """Figures per concurrency of both servers, which take turns; a ratio is the median over the rounds."""
     draw = random.Random(0)
-    servers = {PLAIN: plain.url, OURS: ours}
+    servers: dict[str, tuple[str, Callable[[], contextlib.AbstractContextManager[None]]]]
+    servers = {PLAIN: (plain.url, plain.turn), OURS: (ours, contextlib.nullcontext)}
 
-    def take(url: str, count: int, length: int, tokens: int) -> Round:
+    def take(name: str, count: int, length: int, tokens: int) -> Round:
+        url, turn = servers[name]
         prompts = [[draw.randrange(3, mixtral.VOCABULARY) for _ in range(length)] for _ in range(count)]
-        if url == plain.url:
-            plain.go_on()
-        try:
+        with turn():
             return run_round(url, MODEL, prompts, tokens)
-        finally:
-            if url == plain.url:
-                plain.stop()
 
     figures: dict[str, dict[str, Any]] = {"ratio_to_vllm": {}, "tokens_per_s": {}}
     figures |= {"first_token_ms": {}, "inter_token_ms": {}, "cpu_ms_per_step": {}}
 
     def take_and_count(name: str, count: int) -> tuple[Round, dict[str, float]]:
         before = cpu_seconds()
-        taken = take(servers[name], count, PROMPT_TOKENS, OUTPUT_TOKENS)
-        return taken, {kind: spent - before.get(kind, 0.0) for kind, spent in cpu_seconds().items()}
+        taken = take(name, count, PROMPT_TOKENS, OUTPUT_TOKENS)
+        return taken, {kind: spent - before[kind] for kind, spent in cpu_seconds().items()}
 
     for count in CONCURRENCIES:
         counted = alternate({name: partial(take_and_count, name, count) for name in servers})
@@ -130,7 +135,7 @@ def compare(plain: PlainServer, ours: str) -> dict[str, object]:
             figures[key][case] = {
                 name: round(median([getattr(one, key) for one in each]), 2) for name, each in rounds.items()
             }
-    prefills = alternate({name: partial(take, url, 1, PREFILL_TOKENS, 1) for name, url in servers.items()})
+    prefills = alternate({name: partial(take, name, 1, PREFILL_TOKENS, 1) for name in servers})
     times = {name: [one.first_token_ms for one in each] for name, each in prefills.items()}
     prefill = {name: round(median(each), 1) for name, each in times.items()}
     return figures | {
@@ -163,7 +168,7 @@ def plain_server(checkpoint: Path) -> Iterator[PlainServer]:
         try:
             yield server
         finally:
-            server.go_on()
+            server.go_on()  # a process that is stopped does not end
 
 
 @contextlib.contextmanager

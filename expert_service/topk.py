@@ -1,4 +1,4 @@
-"""Ragged (row, expert) pairs as dense [R, K] tables, which fused kernels want.
+"""Ragged (row, expert) pairs as dense [R, K] tables, which fused kernels want; K may be 1, each pair a row of its own.
 
 A row with fewer than K pairs is filled up with its own first expert at weight 0: it adds nothing, and reads no weights
 that are not read anyway. It is computed all the same: `pairs_per_read`, how many pairs an expert computes in the time
@@ -75,8 +75,8 @@ class TableFiller:
 
 
 class PairSpreader:
-    """Pairs as rows of their own, by row and ascending expert, in memory that the next ones use again; native where it
-    can."""
+    """Pairs as rows of their own, by row and ascending expert, in memory that the next ones use again. By native code
+    alone: what `fits` is asked for."""
 
     def __init__(self, max_pairs: int, hidden_size: int, dtype: torch.dtype) -> None:
         self._capacity = max_pairs
@@ -87,6 +87,7 @@ class PairSpreader:
         self._addresses = tuple(each.data_ptr() for each in (self._rows, self._ids, self._weights, self._x))
 
     def fits(self, pairs: Pairs) -> bool:
+        """Whether `spread` and `sum` may be called for them."""
         return spread_pairs is not None and 0 < len(pairs.rows) <= self._capacity
 
     def spread(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from expertmesh.artifact.experts import ExpertWeights
 from expertmesh.artifact.function import SWIGLU_CLAMPED
@@ -65,18 +66,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+    def pack(self, weight: Tensor, packed: Tensor) -> None:
         """weight [out, in] of one expert into the kernel's layout: `packed`, of the same shape."""
         ...
 
-    def run(
-        self,
-        output: torch.Tensor,
-        x: torch.Tensor,
-        weights: ExpertWeights,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-    ) -> None:
+    def run(self, output: Tensor, x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Weighted sums of K experts per row into output [R, H], of contiguous x [R, H], by packed weights of E
         experts: sums in fp32 in the order of topk_ids [R, K] int32; topk_weights [R, K] fp32."""
         ...
@@ -101,17 +95,10 @@ class FusedMoe:
     def pairs_per_read(self) -> int:
         return 48 if self.isa == "amx" else 4
 
-    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+    def pack(self, weight: Tensor, packed: Tensor) -> None:
         self.prepack(weight[None], packed[None], self.isa)
 
-    def run(
-        self,
-        output: torch.Tensor,
-        x: torch.Tensor,
-        weights: ExpertWeights,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-    ) -> None:
+    def run(self, output: Tensor, x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor) -> None:
         with _scratch:
             self.fused(
                 output, x, weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias,
@@ -138,19 +125,12 @@ class FusedExperts:
     def interleaved(self) -> bool:
         return self.clamp is not None
 
-    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+    def pack(self, weight: Tensor, packed: Tensor) -> None:
         # what convert_weight_packed does, without memory of its own: [out / 32, in / 2, 32] pairs of elements
         tiles = weight.contiguous().view(torch.int32).view(-1, ALIGNMENT, weight.shape[1] // 2).transpose(1, 2)
         packed.view(torch.int32).view(tiles.shape).copy_(tiles)
 
-    def run(
-        self,
-        output: torch.Tensor,
-        x: torch.Tensor,
-        weights: ExpertWeights,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-    ) -> None:
+    def run(self, output: Tensor, x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor) -> None:
         alpha, limit = self.clamp or (None, None)
         self.fused(
             output, x, weights.gate_up, weights.down, topk_weights, topk_ids, UNQUANTIZED,

@@ -32,6 +32,10 @@ def _has(package: str) -> bool:
 
 # hardware: no setup can bring it, and what runs without one is tested on the CPU too
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU in this machine")
+# hardware too, and only such a CPU loads the one of vLLM's libraries that has the operators
+needs_avx512_bf16 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="no AVX512-BF16 in this machine"
+)
 NO_NATIVE = find_spec(NATIVE_MODULE) is None and not _builds_native()
 NO_NATIVE_REASON = "no C++ gRPC to build the native core with"
 # the project runs without the native core where there is no C++ gRPC; where there is, an absent core is a failed build

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from marks import needs_vllm_cpu
+from marks import needs_avx512_bf16, needs_vllm_cpu
 
 from expert_service import vllm_kernels
 from expert_service.vllm_kernels import FusedExperts, FusedMoe
@@ -50,6 +50,17 @@ def test_the_operations_take_what_we_give() -> None:
     )
 
 
+@needs_avx512_bf16
+def test_the_operation_from_sglang_takes_what_we_give() -> None:
+    assert vllm_kernels._load_library()
+    assert str(torch.ops._C.fused_experts_cpu.default._schema) == (
+        "_C::fused_experts_cpu(Tensor(a0!) out, Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, "
+        "Tensor topk_ids, int moe_comp_method, Tensor? w1_scale, Tensor? w2_scale, Tensor? w1_zero, "
+        "Tensor? w2_zero, Tensor? a1_scale, int[]? block_size, Tensor? w1_bias, Tensor? w2_bias, float? alpha, "
+        "float? limit, bool is_vnni) -> ()"
+    )
+
+
 @pytest.mark.parametrize("order", ["kernels-first", "vllm-first"])
 def test_the_library_is_the_one_that_vllm_loads_itself(order: str) -> None:
     command = [sys.executable, "-c", SAME_LIBRARY, order]
@@ -76,7 +87,7 @@ def test_which_kernel_computes(dtype: str, function: ExpertFunction) -> None:
         assert kernels.isa == ("amx" if bf16 and torch.cpu._is_amx_tile_supported() else "vec")
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no AVX512-BF16 in this machine")
+@needs_avx512_bf16
 @pytest.mark.parametrize("shape", [(64, 32), (192, 96), (32, 256)])
 def test_experts_are_packed_as_the_library_packs_them(shape: tuple[int, int]) -> None:
     assert vllm_kernels._load_library()
