@@ -89,6 +89,12 @@ class EngineSection(Section):
         None,
         description="Do not compile the trunk: faster start, slower steps. Default: compiled on CPUs that have g++.",
     )
+    dbo_token_threshold: int | None = pydantic.Field(
+        256,
+        ge=2,
+        description="Dual-batch overlap, on CPUs: a step of so many tokens or more runs as two halves, one in the "
+        "trunk while the other's rows are with experts. null: never.",
+    )
     min_replicas: int = pydantic.Field(1, ge=1)
     max_replicas: int = pydantic.Field(1, ge=1)
     wait_for_experts_s: float = pydantic.Field(60, gt=0, description="How long a step waits for a missing expert.")

@@ -36,6 +36,7 @@ INGRESS = "OpenAiIngress"
 CPU_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 """vLLM 0.32's CPU kernel rotates the strided heads of MLA wrongly; its PyTorch form is right."""
 EXECUTOR = "router_service.vllm_executor.InProcessExecutor"
+WORKER = "router_service.vllm_worker.OverlappingWorker"
 ENGINE = "router_service.engines.serve_engine.InProcessEngine"
 GPU_COMPILATION = {"cudagraph_mode": "PIECEWISE"}
 """A CUDA graph cannot hold an exchange with replicas; the plugin splits the graphs there."""
@@ -113,9 +114,20 @@ def engine_arguments(args: RouterArgs) -> dict[str, Any]:
     if not engine.num_gpus:
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * 2**30)
         arguments["compilation_config"] = CPU_COMPILATION
+        if engine.dbo_token_threshold is not None:
+            arguments |= overlapping(engine.dbo_token_threshold)
     elif not arguments["enforce_eager"]:
         arguments["compilation_config"] = GPU_COMPILATION
     return arguments | engine.kwargs
+
+
+def overlapping(threshold: int) -> dict[str, Any]:
+    """Engine arguments with which steps of so many tokens run as two halves."""
+    return {
+        "worker_cls": WORKER,
+        "dbo_decode_token_threshold": threshold,
+        "dbo_prefill_token_threshold": threshold,
+    }
 
 
 def _compiles(engine: EngineSection) -> bool:

@@ -29,19 +29,33 @@ class Lacking:
 def collect(takes_lost: bool = True) -> Iterator[Lacking]:
     """The rows that lack an expert on this thread while the block runs."""
     lacking = Lacking(takes_lost=takes_lost)
-    _collecting.rows = lacking
-    try:
+    with share(lacking):
         yield lacking
+
+
+@contextmanager
+def share(lacking: Lacking | None, first_row: int = 0) -> Iterator[None]:
+    """This thread's rows belong to `lacking` while the block runs, from `first_row` of the step's on; None: nobody
+    collects them."""
+    before = collected()
+    _collecting.rows = lacking, first_row
+    try:
+        yield
     finally:
-        del _collecting.rows
+        _collecting.rows = before
+
+
+def collected() -> tuple[Lacking | None, int]:
+    """What this thread's rows belong to, and which of the step's rows is its first."""
+    found: tuple[Lacking | None, int] = getattr(_collecting, "rows", (None, 0))
+    return found
 
 
 def lose(lost: Iterable[int], degraded: Iterable[int] = ()) -> bool:
     """Notes rows; False where nobody collects such, so that it must be an error."""
-    collected: Lacking | None = getattr(_collecting, "rows", None)
-    lost = frozenset(lost)
-    if collected is None or (lost and not collected.takes_lost):
+    (lacking, first_row), lost = collected(), frozenset(lost)
+    if lacking is None or (lost and not lacking.takes_lost):
         return False
-    collected.lost |= lost
-    collected.degraded.update(degraded)
+    lacking.lost.update(first_row + row for row in lost)
+    lacking.degraded.update(first_row + row for row in degraded)
     return True

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from router_service.dispatcher import Dispatch, Dispatcher
+from router_service.halves import away
 from router_service.losses import lose
 from router_service.recovery import RowsLost
 
@@ -55,7 +56,8 @@ def _experts(
 def _gather(dispatcher: Dispatcher, dispatch: Dispatch) -> torch.Tensor:
     """The layer's sums; where rows are lost or degraded, whoever runs the step is told which, and it goes on."""
     try:
-        return dispatcher.finish(dispatch)
+        with away():
+            return dispatcher.finish(dispatch)
     except RowsLost as error:
         if not lose(error.tokens, error.degraded):
             raise

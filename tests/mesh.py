@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +54,25 @@ def running_groups(artifact: Path, directory: str, groups: int) -> Iterator[list
         for replica in replicas:
             replica.drain(1.0)
             replica.stop()
+
+
+@contextmanager
+def running_processes(artifact: Path, directory: str, groups: int) -> Iterator[None]:
+    """The same in a process each: vLLM's kernels on a CPU have one scratch buffer per process, which attention uses
+    too, so that replicas cannot compute beside an engine that overlaps."""
+    experts = max(read_manifest(artifact).layers.values())
+    given = ["-m", "expert_service", "--artifact", str(artifact), "--directory", directory]
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number, members in enumerate(divide(experts, groups)):
+            command = [sys.executable, *given, "--group", f"p{number}", "--experts", format_indices(members)]
+            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+            stack.callback(process.terminate)
+            processes.append(process)
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip(), "a replica ended before it served"
+        yield
 
 
 @contextmanager

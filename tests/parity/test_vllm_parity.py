@@ -38,7 +38,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -48,11 +48,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize(
-    ("family", "groups"),
-    [(family, groups) for family in FAMILIES for groups in "124"] + [(family, "compiled") for family in COMPILED],
+    ("family", "run"),
+    [(family, run) for family in FAMILIES for run in (*"124", "halves")]
+    + [(family, run) for family in COMPILED for run in ("compiled", "compiled halves")],
 )
-def test_greedy_tokens_and_logprobs_equal_plain_vllm(runs: dict[str, Any], family: str, groups: str) -> None:
-    for plain, remote in zip(runs[family]["plain"], runs[family][groups], strict=True):
+def test_greedy_tokens_and_logprobs_equal_plain_vllm(runs: dict[str, Any], family: str, run: str) -> None:
+    for plain, remote in zip(runs[family]["plain"], runs[family][run], strict=True):
         assert len(plain["tokens"]) == 64
         assert remote["tokens"] == plain["tokens"]
         assert remote["logprobs"] == pytest.approx(plain["logprobs"], abs=1e-3)
@@ -62,3 +63,13 @@ def test_greedy_tokens_and_logprobs_equal_plain_vllm(runs: dict[str, Any], famil
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_trunk_holds_no_expert(runs: dict[str, Any], family: str) -> None:
     assert runs[family]["experts_in_trunk"] == []
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("family", "run"),
+    [(family, "halves") for family in FAMILIES] + [(family, "compiled halves") for family in COMPILED],
+)
+def test_every_step_of_several_tokens_was_split(runs: dict[str, Any], family: str, run: str) -> None:
+    assert runs[family][f"{run}: splits"] >= 64
+    assert runs[family].get("compiled: splits", 0) == 0

