@@ -15,9 +15,9 @@ demo: setup ## Serve the demo model on this machine; ONCE=1: one completion, a s
 test: setup ## Run all tests that need neither a GPU nor a Kubernetes API server; ARGS for pytest
 	@$(PYTHON) -m pytest $(ARGS)
 
-e2e-kubernetes: setup ## Run the tests that need a Kubernetes API server, which is built once into ~/.cache; ARGS for pytest
+e2e-kubernetes: setup ## Run all tests of chart, image file and client; a Kubernetes API server is built once into ~/.cache; ARGS for pytest
 	@tools/kubernetes-tools
-	@$(PYTHON) -m pytest -m kubernetes $(ARGS)
+	@$(PYTHON) -m pytest -m "not image" tests/helm tests/kubernetes tests/image $(ARGS)
 
 image: setup ## Build the CPU image and test it, as root; BASE=NAME@sha256:DIGEST, otherwise on a stand-in made with debootstrap
 	@tools/image cpu $(if $(BASE),--base $(BASE) --engine buildah,--stand-in)

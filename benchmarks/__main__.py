@@ -24,6 +24,7 @@ from expertmesh.errors import ExpertMeshError
 
 NAMES = (
     "dispatch",
+    "floor",
     "scale",
     "fairness",
     "startup",

@@ -48,7 +48,7 @@ def run(cluster: str | None) -> dict[str, object]:
         wired = {case: _alternate(tier.ways(*case) | tier.peers(*case), CALLS) for case in CASES}
         with ray_handles(max(REPLICAS)) as handles:
             for case in CASES:
-                ways = tier.ways(*case) | {"handle": handles.way(tier.sizes(*case))}
+                ways = tier.ways(*case) | {"handle": handles.way(sizes(*case))}
                 _note(figures, case, wired[case], _alternate(ways, HANDLE_CALLS))
     return dict(figures)
 
@@ -92,19 +92,20 @@ class Tier:
         return {name: functools.partial(wire.step, made, count, routed) for name, made in self.dispatchers.items()}
 
     def peers(self, rows: int, count: int) -> dict[str, Way]:
-        sizes = self.sizes(rows, count)
-        return {"tcp": self.tcp.way(sizes), "unary": self.unary.way(sizes)}
+        each = sizes(rows, count)
+        return {"tcp": self.tcp.way(each), "unary": self.unary.way(each)}
 
-    def sizes(self, rows: int, count: int) -> list[tuple[int, int]]:
-        """Bytes of payload to and from each replica that a dispatch of `rows` rows touches."""
-        _, ids, weights = wire.routed(rows)
-        pairs = to_pairs(ids, weights)
-        owners = {expert: str(expert * count // wire.EXPERTS) for expert in range(wire.EXPERTS)}
-        row_bytes = 2 * wire.HIDDEN
-        return [
-            (len(batch.rows) * row_bytes + 12 * len(batch.pair_rows), len(batch.rows) * row_bytes)
-            for batch in scatter(pairs, owners)
-        ]
+
+def sizes(rows: int, count: int) -> list[tuple[int, int]]:
+    """Bytes of payload to and from each replica that a dispatch of `rows` rows touches."""
+    _, ids, weights = wire.routed(rows)
+    pairs = to_pairs(ids, weights)
+    owners = {expert: str(expert * count // wire.EXPERTS) for expert in range(wire.EXPERTS)}
+    row_bytes = 2 * wire.HIDDEN
+    return [
+        (len(batch.rows) * row_bytes + 12 * len(batch.pair_rows), len(batch.rows) * row_bytes)
+        for batch in scatter(pairs, owners)
+    ]
 
 
 @contextlib.contextmanager

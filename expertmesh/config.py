@@ -14,7 +14,7 @@ from expertmesh.yaml_file import read_model
 
 Name = Annotated[str, pydantic.Field(pattern=r"^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$")]
 Experts = Annotated[WrittenExperts, pydantic.BeforeValidator(numbers_as_text)]
-Resources = dict[str, Annotated[float, pydantic.Field(gt=0)]]
+Resources = dict[str, Annotated[float, pydantic.Field(gt=0, le=1_000_000)]]
 Port = Annotated[int, pydantic.Field(ge=1, le=65535)]
 
 
@@ -71,19 +71,21 @@ class ScalingSection(Section):
 class EmulatedDevice(Section):
     """A modelled accelerator: replicas answer correctly, computed on the CPU, but no sooner than it would."""
 
-    teraflops: float = pydantic.Field(gt=0, description="Of dense products in the model's type, 10^12 FLOP/s.")
-    memory_gb_per_s: float = pydantic.Field(gt=0, description="Memory bandwidth, 10^9 bytes/s.")
-    overhead_us: float = pydantic.Field(20, ge=0, description="Of each batch, whatever its size; microseconds.")
+    teraflops: float = pydantic.Field(gt=0, le=1e6, description="Of dense products in the model's type, 10^12 FLOP/s.")
+    memory_gb_per_s: float = pydantic.Field(gt=0, le=1e6, description="Memory bandwidth, 10^9 bytes/s.")
+    overhead_us: float = pydantic.Field(20, ge=0, le=1e7, description="Of each batch, whatever its size; microseconds.")
 
 
 class EngineSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = pydantic.Field(
         "auto", description="auto: the artifact's."
     )
-    max_model_len: int | None = pydantic.Field(None, ge=16, description="Longest prompt plus output, tokens.")
-    kv_cache_gib: float = pydantic.Field(0.5, gt=0, description="KV cache on a CPU, GiB.")
-    num_cpus: float = pydantic.Field(1, gt=0, description="CPUs of one router; also its thread count on a CPU.")
-    num_gpus: float = pydantic.Field(0, ge=0, description="GPUs of one router; 0 runs it on the CPU.")
+    max_model_len: int | None = pydantic.Field(None, ge=16, le=2**27, description="Longest prompt plus output, tokens.")
+    kv_cache_gib: float = pydantic.Field(0.5, gt=0, le=65536, description="KV cache on a CPU, GiB.")
+    num_cpus: float = pydantic.Field(
+        1, gt=0, le=4096, description="CPUs of one router; also its thread count on a CPU."
+    )
+    num_gpus: float = pydantic.Field(0, ge=0, le=64, description="GPUs of one router; 0 runs it on the CPU.")
     resources: Resources = pydantic.Field({}, description="Custom Ray resources of one router, which name its nodes.")
     enforce_eager: bool | None = pydantic.Field(
         None,
@@ -92,15 +94,19 @@ class EngineSection(Section):
     dbo_token_threshold: int | None = pydantic.Field(
         256,
         ge=2,
+        le=2**27,
         description="Dual-batch overlap, on CPUs: a step of so many tokens or more runs as two halves, one in the "
         "trunk while the other's rows are with experts. null: never.",
     )
-    min_replicas: int = pydantic.Field(1, ge=1)
-    max_replicas: int = pydantic.Field(1, ge=1)
-    wait_for_experts_s: float = pydantic.Field(60, gt=0, description="How long a step waits for a missing expert.")
+    min_replicas: int = pydantic.Field(1, ge=1, le=10_000)
+    max_replicas: int = pydantic.Field(1, ge=1, le=10_000)
+    wait_for_experts_s: float = pydantic.Field(
+        60, gt=0, le=86400, description="How long a step waits for a missing expert."
+    )
     degrade_after_s: float | None = pydantic.Field(
         None,
         gt=0,
+        le=86400,
         description="Go on without an expert that has been missing for so long, and mark the answers. Default: never.",
     )
     checksums: bool = pydantic.Field(
@@ -109,7 +115,10 @@ class EngineSection(Section):
         "asked for again. Every replica must know of it.",
     )
     max_requests: int = pydantic.Field(
-        1024, ge=1, description="Requests that may be under way at once, over all routers; more get a 429."
+        1024,
+        ge=1,
+        le=10_000_000,
+        description="Requests that may be under way at once, over all routers; more get a 429.",
     )
     max_body_mib: float = pydantic.Field(8, gt=0, le=1024, description="Largest body of a request; more gets a 413.")
     kwargs: dict[str, Any] = pydantic.Field({}, description="More of vLLM's engine arguments.")
@@ -129,19 +138,23 @@ class GroupSection(Section):
     experts: Experts = pydantic.Field(
         description='Experts in every MoE layer ("0-7,12"), or per layers: {"0-3": "0-7", "4": "0"}.'
     )
-    num_cpus: float = pydantic.Field(1, gt=0, description="CPUs of one replica; also its thread count on a CPU.")
-    num_gpus: float = pydantic.Field(0, ge=0, description="GPUs of one replica; 0 computes on the CPU.")
-    resources: Resources = pydantic.Field({}, description="Custom Ray resources of one replica, which name its nodes.")
-    memory_gib: float | None = pydantic.Field(None, gt=0, description="What one replica may hold, GiB.")
-    min_replicas: int = pydantic.Field(
-        1, ge=0, description="0: the group sleeps while idle and wakes at its first row."
+    num_cpus: float = pydantic.Field(
+        1, gt=0, le=4096, description="CPUs of one replica; also its thread count on a CPU."
     )
-    max_replicas: int = pydantic.Field(1, ge=1)
+    num_gpus: float = pydantic.Field(0, ge=0, le=64, description="GPUs of one replica; 0 computes on the CPU.")
+    resources: Resources = pydantic.Field({}, description="Custom Ray resources of one replica, which name its nodes.")
+    memory_gib: float | None = pydantic.Field(None, gt=0, le=65536, description="What one replica may hold, GiB.")
+    min_replicas: int = pydantic.Field(
+        1, ge=0, le=10_000, description="0: the group sleeps while idle and wakes at its first row."
+    )
+    max_replicas: int = pydantic.Field(1, ge=1, le=10_000)
     scaling: ScalingSection | None = pydantic.Field(None, description="Targets of this group; default: the cluster's.")
     emulated: EmulatedDevice | None = pydantic.Field(
         None, description="Answer no sooner than this modelled accelerator would. For tests of scaling without GPUs."
     )
-    max_queued_rows: int = pydantic.Field(65536, ge=1, description="Rows that may wait; more are pushed back.")
+    max_queued_rows: int = pydantic.Field(
+        65536, ge=1, le=2**31 - 1, description="Rows that may wait; more are pushed back."
+    )
 
     @pydantic.model_validator(mode="after")
     def bounds_ascend(self) -> GroupSection:
@@ -177,7 +190,9 @@ class ServerSection(Section):
 
 
 class DirectorySection(Section):
-    lease_ms: int = pydantic.Field(3000, ge=300, description="A replica silent for this long is forgotten.")
+    lease_ms: int = pydantic.Field(
+        3000, ge=300, le=3_600_000, description="A replica silent for this long is forgotten."
+    )
     resources: Resources = pydantic.Field(
         {}, description="Custom Ray resources of the directory, which name its nodes."
     )

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import yaml
 
-from expertmesh.config import ClusterConfig, DirectorySection, EngineSection, ScalingSection
+from expertmesh.config import (
+    ClusterConfig,
+    DirectorySection,
+    EngineSection,
+    GroupSection,
+    ModelSection,
+    ScalingSection,
+    ServerSection,
+)
 from tools.chart import readme, schema
 from tools.chart.__main__ import generated
 from tools.chart.helm import CHART
-from tools.chart.values import LEFT_OUT, ChartValues
+from tools.chart.values import LEFT_OUT, ChartGroup, ChartModel, ChartServer, ChartValues
 
 MAPS = r"(nodeSelector|[lL]abels|[aA]nnotations|resources|experts|kwargs)(/anyOf/\d)?$"
 
@@ -34,6 +43,14 @@ def test_values_hold_the_keys_of_cluster_config() -> None:
     assert values["scaling"] == ScalingSection().model_dump()
     assert values["directory"] == DirectorySection(resources={"router": 0.001}).model_dump()
     assert values["engine"] == EngineSection(resources={"router": 1}).model_dump()
+
+
+def test_sections_of_the_charts_own_have_their_keys() -> None:
+    """What the chart leaves out of a section it sets by itself."""
+    assert set(ServerSection.model_fields) - set(ChartServer.model_fields) == {"host", "replica_host"}
+    assert set(ChartServer.model_fields) <= set(ServerSection.model_fields)
+    assert set(ChartModel.model_fields) == set(ModelSection.model_fields)
+    assert set(ChartGroup.model_fields) == set(GroupSection.model_fields)
 
 
 def test_the_model_takes_the_defaults() -> None:
@@ -64,3 +81,31 @@ def test_every_object_of_the_schema_is_closed() -> None:
 
     walk(schema.values_schema(), "")
     assert [path for path in found if not re.search(MAPS, path)] == []
+
+
+def test_every_number_has_both_ends() -> None:
+    """But Kubernetes' quantities, which are text as a rule."""
+    open_ended: list[str] = []
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            types = node.get("type", ())
+            is_number = {"integer", "number"} & set([types] if isinstance(types, str) else types)
+            low, high = {"minimum", "exclusiveMinimum"} & set(node), {"maximum", "exclusiveMaximum"} & set(node)
+            if is_number and not (low and high):
+                open_ended.append(path)
+            for key, child in node.items():
+                walk(child, f"{path}/{key}")
+        elif isinstance(node, list):
+            for number, child in enumerate(node):
+                walk(child, f"{path}/{number}")
+
+    walk(schema.values_schema(), "")
+    assert [path for path in open_ended if "resource.Quantity" not in path] == []
+
+
+def test_vllms_arguments_are_those_of_the_installed_one() -> None:
+    from vllm import AsyncEngineArgs
+
+    fields = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert set(schema.engine_arguments()) == {name for name in fields if not name.startswith("_")}

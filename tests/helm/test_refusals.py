@@ -48,6 +48,9 @@ def write(folder: Path, values: Mapping[str, Any]) -> Path:
     return file
 
 
+SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {}}
+NOT_IN = {"matchExpressions": [{"key": "zone", "operator": "NotInn", "values": ["a"]}]}
+PREFERS = {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "preference": NOT_IN}]}
 CLOSED = list(objects_of(merged(GPU)))
 
 
@@ -82,6 +85,21 @@ def test_a_typo_in_any_object_is_refused(tmp_path: Path) -> None:
         (("tls", "mode"), "on"),
         (("model", "prepare", "source"), "models/relative"),
         (("networkPolicy", "apiServerNetworks", 0), "everywhere"),
+        (("networkPolicy", "apiServerNetworks", 0), "10.0.0.1/99"),
+        (("networkPolicy", "apiServerNetworks", 0), "999.0.0.1/8"),
+        (("cluster", "groups", 0, "experts"), "0-3x"),
+        (("cluster", "groups", 0, "experts"), {"0-1": "0-3x"}),
+        (("cluster", "groups", 0, "max_replicas"), 99_999_999),
+        (("cluster", "engine", "kwargs", "tensor_parallel_sise"), 2),
+        (("cluster", "engine", "kv_cache_gib"), 1e9),
+        (("router", "tolerations"), [{"key": "gpu", "operator": "Exist"}]),
+        (("router", "tolerations"), [{"key": "gpu", "effect": "NoScedule"}]),
+        (("router", "topologySpreadConstraints"), [SPREAD | {"whenUnsatisfiable": "Sometimes"}]),
+        (("router", "topologySpreadConstraints"), [SPREAD | {"maxSkew": -1}]),
+        (("router", "affinity"), {"nodeAffinity": PREFERS}),
+        (("tls", "certManager", "issuerRef", "kind"), "ClusterIsuer"),
+        (("router", "nodeSelector", "ex ample"), "a"),
+        (("cluster", "groups", 0, "experts"), {"0-x": "0-3"}),
     ],
     ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else "",
 )
@@ -89,7 +107,7 @@ def test_lint_and_template_name_the_key(tmp_path: Path, path: tuple[str | int, .
     values = merged(CPU)
     at(values, path[:-1])[path[-1]] = value
     file = write(tmp_path, values)
-    named = f"/{'/'.join(map(str, path if known(path) else path[:-1]))}'"
+    named = f"/{'/'.join(map(str, path if known(path) else path[:-1]))}"
     for command in (
         ("lint", "--strict", str(CHART), "-f", str(file)),
         ("template", "demo", str(CHART), "-f", str(file)),
@@ -102,7 +120,7 @@ def test_lint_and_template_name_the_key(tmp_path: Path, path: tuple[str | int, .
 
 def known(path: tuple[str | int, ...]) -> bool:
     """Whether the schema knows the key, so that only its value is wrong."""
-    return path[-1] not in ("max_replica", "nodeAffinty")
+    return path[-1] not in ("max_replica", "nodeAffinty", "tensor_parallel_sise", "ex ample")
 
 
 GROUP = "cluster.groups[0]"
@@ -123,6 +141,7 @@ GROUP = "cluster.groups[0]"
             {"ray.gcsFaultTolerance.passwordSecret": "redis"},
             "ray.gcsFaultTolerance.redisAddress: a password is given, but no Redis is named",
         ),
+        ({"cluster.engine.degrade_after_s": "300"}, "cluster.engine: degrade_after_s 300 > wait_for_experts_s 120"),
         ({"cluster.engine.min_replicas": "2"}, "cluster.engine: max_replicas 1 < min_replicas 2"),
         ({"cluster.engine.num_cpus": "3"}, "cluster.engine: takes 4 CPUs, a pod of pool router requests 3"),
         (
@@ -168,6 +187,13 @@ def test_what_the_schema_cannot_say(settings: dict[str, str], message: str) -> N
     with pytest.raises(HelmError) as caught:
         template(CPU, settings=settings)
     assert message in str(caught.value)
+    if "null" in settings.values():
+        return  # lint does not take a default away
+    given = [f"--set={key}={value}" for key, value in settings.items()]
+    with pytest.raises(HelmError) as caught:
+        helm("lint", "--strict", str(CHART), "-f", str(CPU), *given)
+    _, _, refused = str(caught.value).replace('\\"', '"').rpartition("[ERROR]")
+    assert message in refused
 
 
 @pytest.mark.parametrize("release", ["x" * 40, "1st"])

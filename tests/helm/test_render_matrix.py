@@ -16,8 +16,12 @@ pytestmark = pytest.mark.kubernetes
 
 CPU = CHART / "ci" / "cpu-values.yaml"
 SWITCHES = {
-    "tls.mode": ("off", "generated", "certManager"),
+    "tls.mode": ("off", "generated", "existing", "certManager"),
     "apiKeys.enabled": ("true", "false"),
+    "apiKeys.existingSecret": ("", "keys"),
+    "apiKeys.testSecret": ("", "test-key"),
+    "image.digest": ("", f"sha256:{'0' * 64}"),
+    "ray.upgradeStrategy": ("None", "NewCluster"),
     "networkPolicy.enabled": ("true", "false"),
     "podDisruptionBudget.enabled": ("true", "false"),
     "serviceAccount.create": ("true", "false"),
@@ -27,12 +31,31 @@ SWITCHES = {
     "ray.authSecret": ("", "auth"),
     "ray.gcsFaultTolerance.redisAddress": ("", "redis.example:6379"),
     "ingress.enabled": ("true", "false"),
+    "httpRoute.enabled": ("true", "false"),
     "monitoring.podMonitor.enabled": ("true", "false"),
     "monitoring.rules.enabled": ("true", "false"),
     "monitoring.dashboards.enabled": ("true", "false"),
     "rebalancer.enabled": ("true", "false"),
 }
-FIXED = {"ingress.host": "mesh.example.com"}
+FIXED = {
+    "ingress.host": "mesh.example.com",
+    "httpRoute.parentRefs[0].name": "gateway",
+    "tls.existingSecret": "own-tls",
+    "networkPolicy.clients[0].podSelector.matchLabels.app": "client",
+}
+KIND_OF = {
+    "networkPolicy.enabled": "NetworkPolicy",
+    "podDisruptionBudget.enabled": "PodDisruptionBudget",
+    "model.prepare.enabled": "Job",
+    "serviceAccount.create": "Role",
+    "ingress.enabled": "Ingress",
+    "httpRoute.enabled": "HTTPRoute",
+    "monitoring.podMonitor.enabled": "PodMonitor",
+    "monitoring.rules.enabled": "PrometheusRule",
+    "monitoring.dashboards.enabled": "ConfigMap",
+    "rebalancer.enabled": "Deployment",
+}
+"""There with the switch, and else not."""
 KINDS = {
     "ConfigMap",
     "Deployment",
@@ -88,24 +111,25 @@ def test_switches_in_pairs() -> None:
         check(rendered, version)
         CHECKED["combinations"] += 1
         kinds = [one["kind"] for one in rendered]
-        assert ("NetworkPolicy" in kinds) == (settings["networkPolicy.enabled"] == "true")
-        assert ("Job" in kinds) == (settings["model.prepare.enabled"] == "true")
-        assert ("Role" in kinds) == (settings["serviceAccount.create"] == "true")
+        assert {switch for switch, kind in KIND_OF.items() if (kind in kinds) != (settings[switch] == "true")} == set()
+        assert ("Certificate" in kinds) == (settings["tls.mode"] == "certManager")
         assert ("PersistentVolumeClaim" in kinds) == (not settings["model.existingClaim"])
         assert_references_exist(rendered)
+        given = [f"--set={key}={value}" for key, value in (FIXED | settings).items()]
+        helm("lint", "--strict", str(CHART), "-f", str(CPU), "--kube-version", version, *given)
 
 
 def assert_references_exist(rendered: list[Manifest]) -> None:
     """What pods mount and name is among the objects, unless a value names it."""
     made = {(one["kind"], one["metadata"]["name"]) for one in rendered}
     certificates = {one["spec"]["secretName"] for one in rendered if one["kind"] == "Certificate"}
-    given = {"auth", "shared"}
+    given = {"auth", "shared", "own-tls", "keys", "test-key"}
     for _, spec in pods_of(rendered):
         for volume in spec["volumes"]:
             claim = volume.get("persistentVolumeClaim", {}).get("claimName")
             secret = volume.get("secret", {}).get("secretName")
             assert claim is None or claim in given or ("PersistentVolumeClaim", claim) in made
-            assert secret is None or secret in certificates or ("Secret", secret) in made
+            assert secret is None or secret in certificates | given or ("Secret", secret) in made
 
 
 @pytest.mark.parametrize("missing", API_VERSIONS)

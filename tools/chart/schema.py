@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.resources
+import importlib.util
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from tools.chart.values import KUBERNETES_TYPE, ChartValues
+from tools.chart.values import KUBERNETES_TYPE, NETWORK, ChartValues
 
+ENGINE_ARGUMENTS = ("EngineArgs", "AsyncEngineArgs")
 KUBERNETES = "v1.37.0-local-strict"
 """The newest: what an older one does not know is refused by its API server."""
 Schema = dict[str, Any]
+INDICES = r"^\s*[0-9]+(-[0-9]+)?(\s*,\s*[0-9]+(-[0-9]+)?)*\s*$"
+"""As `expertmesh.experts.parse_indices` takes them."""
+INDEX = {"minimum": 0, "maximum": 2**20 - 1}
+SELECTS = ["In", "NotIn", "Exists", "DoesNotExist"]
+API_SERVERS: dict[str, dict[str, Schema]] = {
+    "io.k8s.api.core.v1.Toleration": {
+        "effect": {"enum": ["", "NoSchedule", "PreferNoSchedule", "NoExecute", None]},
+        "operator": {"enum": ["", "Exists", "Equal", "Lt", "Gt", None]},
+        "tolerationSeconds": {"minimum": 0, "maximum": 2**31},
+    },
+    "io.k8s.api.core.v1.TopologySpreadConstraint": {
+        "maxSkew": {"minimum": 1, "maximum": 10_000},
+        "minDomains": {"minimum": 1, "maximum": 10_000},
+        "nodeAffinityPolicy": {"enum": ["Honor", "Ignore", None]},
+        "nodeTaintsPolicy": {"enum": ["Honor", "Ignore", None]},
+        "whenUnsatisfiable": {"enum": ["DoNotSchedule", "ScheduleAnyway"]},
+    },
+    "io.k8s.api.core.v1.NodeSelectorRequirement": {"operator": {"enum": [*SELECTS, "Gt", "Lt"]}},
+    "io.k8s.apimachinery.pkg.apis.meta.v1.LabelSelectorRequirement": {"operator": {"enum": SELECTS}},
+    "io.k8s.api.core.v1.PreferredSchedulingTerm": {"weight": {"minimum": 1, "maximum": 100}},
+    "io.k8s.api.core.v1.WeightedPodAffinityTerm": {"weight": {"minimum": 1, "maximum": 100}},
+    "io.k8s.api.core.v1.EnvVar": {"name": {"pattern": r"^[-._a-zA-Z][-._a-zA-Z0-9]*$"}},
+    "io.k8s.api.networking.v1.IPBlock": {"cidr": {"pattern": NETWORK}},
+}
+"""What Kubernetes' schemas leave to the API server, which sees pods of a RayService only once KubeRay makes them."""
 
 
 def values_schema() -> Schema:
@@ -24,7 +53,9 @@ def values_schema() -> Schema:
     for definition in (schema, *definitions.values()):
         definition.pop("description", None)  # docstrings of the models; users read values.yaml
     _allow_numbers(definitions["ChartGroup"]["properties"]["experts"])
-    definitions["EngineSection"]["properties"]["kwargs"] |= {"additionalProperties": True}
+    # not `propertyNames`: where one is wrong, Helm names some other place
+    arguments: Schema = {"properties": {name: {} for name in engine_arguments()}, "additionalProperties": False}
+    definitions["EngineSection"]["properties"]["kwargs"] |= arguments
     _add_kubernetes(schema)
     _drop_titles(schema)
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
@@ -45,9 +76,21 @@ def _allow_numbers(experts: Schema) -> None:
     """Helm reads `experts: 3` as a number."""
     for one in list(experts["anyOf"]):
         if one["type"] == "object":
-            one["additionalProperties"] = {"type": ["string", "integer"]}
-            one["propertyNames"] = {"pattern": "^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$"}
-    experts["anyOf"].append({"type": "integer", "minimum": 0})
+            one["patternProperties"] = {INDICES: {"type": ["string", "integer"], "pattern": INDICES} | INDEX}
+            one["additionalProperties"] = False
+        else:
+            one["pattern"] = INDICES
+    experts["anyOf"].append({"type": "integer"} | INDEX)
+
+
+def engine_arguments() -> list[str]:
+    """vLLM's, read from its source: importing it takes long."""
+    (folder,) = importlib.util.find_spec("vllm").submodule_search_locations  # type: ignore[union-attr, misc]
+    tree = ast.parse((Path(folder) / "engine" / "arg_utils.py").read_text())
+    classes = [one for one in tree.body if isinstance(one, ast.ClassDef) and one.name in ENGINE_ARGUMENTS]
+    fields = [one.target for each in classes for one in each.body if isinstance(one, ast.AnnAssign)]
+    names = {field.id for field in fields if isinstance(field, ast.Name)}
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def _add_kubernetes(schema: Schema) -> None:
@@ -62,6 +105,8 @@ def _add_kubernetes(schema: Schema) -> None:
         if name not in schema["$defs"]:
             copied = json.loads(json.dumps(known[name]))
             _drop_descriptions(copied)
+            for key, more in API_SERVERS.get(name, {}).items():
+                copied["properties"][key] |= more
             schema["$defs"][name] = copied
             waiting.extend(_nodes_with(copied, "$ref"))
 

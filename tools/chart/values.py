@@ -18,20 +18,19 @@ AbsolutePath = Annotated[str, pydantic.Field(pattern=r"^/[^\s]*[^/\s]$")]
 Count = Annotated[int, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=1024, le=65535)]
 Seconds = Annotated[int, pydantic.Field(ge=1, le=86400)]
+LABEL = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = {"type": "string", "maxLength": 63, "pattern": r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"}
 Labels = Annotated[
     dict[str, str],
-    pydantic.Field(
-        json_schema_extra={
-            "propertyNames": {
-                "pattern": r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
-            },
-            "additionalProperties": {"type": "string", "maxLength": 63},
-        }
-    ),
+    pydantic.Field(json_schema_extra={"patternProperties": {LABEL: LABEL_VALUE}, "additionalProperties": False}),
 ]
 Annotations = dict[str, str]
 Duration = Annotated[str, pydantic.Field(pattern=r"^([0-9]+(h|m|s))+$")]
-Network = Annotated[str, pydantic.Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
+_BYTE = "(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
+NETWORK = (
+    rf"^({_BYTE}\.){{3}}{_BYTE}/(3[0-2]|[12]?[0-9])$|^[0-9a-fA-F:]*:[0-9a-fA-F:.]*/(12[0-8]|1[01][0-9]|[1-9]?[0-9])$"
+)
+Network = Annotated[str, pydantic.Field(pattern=NETWORK)]
 
 
 KUBERNETES_TYPE = "kubernetes"
@@ -54,7 +53,7 @@ class Values(pydantic.BaseModel, extra="forbid", alias_generator=to_camel):
 
 
 class Amounts(Values):
-    cpu: Quantity | Annotated[float, pydantic.Field(gt=0)] | None = None
+    cpu: Quantity | Annotated[float, pydantic.Field(gt=0, le=4096)] | None = None
     memory: Quantity | None = None
     ephemeral_storage: Annotated[Quantity | None, pydantic.Field(alias="ephemeral-storage")] = None
 
@@ -198,10 +197,18 @@ class ApiKeys(Values):
     test_secret: OptionalName
 
 
-class IssuerRef(Values):
+OWN_ISSUERS = {
+    "if": {"properties": {"group": {"const": "cert-manager.io"}}},
+    "then": {"properties": {"kind": {"enum": ["Issuer", "ClusterIssuer"]}}},
+}
+
+
+class IssuerRef(Values, json_schema_extra=OWN_ISSUERS):
+    """Issuers of others have other groups, and kinds of their own."""
+
     name: OptionalName
-    kind: str
-    group: str
+    kind: str = pydantic.Field(pattern=r"^[A-Z][A-Za-z0-9]*$")
+    group: str = pydantic.Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
 
 
 class CertManager(Values):

@@ -1,5 +1,11 @@
 {{/* What the schema cannot say: one clear line each. */}}
 
+{{/* Takes the line. `helm lint` only takes note of `fail`, and goes on; a template that does not exist stops it. */}}
+{{- define "expertmesh.refuse" -}}
+{{- fail . -}}
+{{- include . nil -}}
+{{- end -}}
+
 {{- define "expertmesh.checks" -}}
 {{- include "expertmesh.checkNames" . -}}
 {{- include "expertmesh.checkCluster" . -}}
@@ -12,28 +18,28 @@
 {{- define "expertmesh.checkNames" -}}
 {{- $name := include "expertmesh.fullname" . -}}
 {{- if gt (len $name) 47 -}}
-{{- fail (printf "fullnameOverride: the RayService would be named %q, %d characters; KubeRay takes 47 at most" $name (len $name)) -}}
+{{- include "expertmesh.refuse" (printf "fullnameOverride: the RayService would be named %q, %d characters; KubeRay takes 47 at most" $name (len $name)) -}}
 {{- end -}}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
-{{- fail (printf "fullnameOverride: the RayService would be named %q; KubeRay takes small letters, digits and -, a letter first" $name) -}}
+{{- include "expertmesh.refuse" (printf "fullnameOverride: the RayService would be named %q; KubeRay takes small letters, digits and -, a letter first" $name) -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "expertmesh.checkCluster" -}}
 {{- $cluster := .Values.cluster -}}
 {{- if not $cluster.model.name -}}
-{{- fail "cluster.model.name: the name of the model in the OpenAI API is missing" -}}
+{{- include "expertmesh.refuse" "cluster.model.name: the name of the model in the OpenAI API is missing" -}}
 {{- end -}}
 {{- if not (hasPrefix (printf "%s/" .Values.model.mountPath) $cluster.model.artifact) -}}
-{{- fail (printf "cluster.model.artifact: %s is not on the model volume, which is mounted at %s" $cluster.model.artifact .Values.model.mountPath) -}}
+{{- include "expertmesh.refuse" (printf "cluster.model.artifact: %s is not on the model volume, which is mounted at %s" $cluster.model.artifact .Values.model.mountPath) -}}
 {{- end -}}
 {{- if not $cluster.groups -}}
-{{- fail "cluster.groups: has no group of experts" -}}
+{{- include "expertmesh.refuse" "cluster.groups: has no group of experts" -}}
 {{- end -}}
 {{- $ports := $cluster.server.replica_ports -}}
 {{- $rayPorts := include "expertmesh.rayPorts" $ | fromJson -}}
 {{- if gt (int64 (index $ports 0)) (int64 (index $ports 1)) -}}
-{{- fail (printf "cluster.server.replica_ports: %v does not ascend" $ports) -}}
+{{- include "expertmesh.refuse" (printf "cluster.server.replica_ports: %v does not ascend" $ports) -}}
 {{- end -}}
 {{- $keys := list "http_port" "grpc_port" -}}
 {{- if ne .Values.tls.mode "off" -}}
@@ -42,43 +48,49 @@
 {{- range $key := $keys -}}
 {{- $port := int64 (get $cluster.server $key) -}}
 {{- if and (ge $port (int64 (index $ports 0))) (le $port (int64 (index $ports 1))) -}}
-{{- fail (printf "cluster.server.%s: %d lies within replica_ports" $key $port) -}}
+{{- include "expertmesh.refuse" (printf "cluster.server.%s: %d lies within replica_ports" $key $port) -}}
 {{- end -}}
 {{- range $what, $taken := $rayPorts -}}
 {{- if eq $port (int64 $taken) -}}
-{{- fail (printf "cluster.server.%s: %d is Ray's own (%s)" $key $port $what) -}}
+{{- include "expertmesh.refuse" (printf "cluster.server.%s: %d is Ray's own (%s)" $key $port $what) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (ge $port (int64 $rayPorts.minWorker)) (le $port (int64 $rayPorts.maxWorker)) -}}
-{{- fail (printf "cluster.server.%s: %d is one of those of Ray's workers" $key $port) -}}
+{{- include "expertmesh.refuse" (printf "cluster.server.%s: %d is one of those of Ray's workers" $key $port) -}}
 {{- end -}}
 {{- end -}}
 {{- range $what, $taken := $rayPorts -}}
 {{- if and (ge (int64 $taken) (int64 (index $ports 0))) (le (int64 $taken) (int64 (index $ports 1))) -}}
-{{- fail (printf "cluster.server.replica_ports: %v hold %d, which is Ray's own (%s)" $ports (int64 $taken) $what) -}}
+{{- include "expertmesh.refuse" (printf "cluster.server.replica_ports: %v hold %d, which is Ray's own (%s)" $ports (int64 $taken) $what) -}}
 {{- end -}}
 {{- end -}}
 {{- if and (ge (int64 (index $ports 0)) (int64 $rayPorts.minWorker)) (le (int64 (index $ports 0)) (int64 $rayPorts.maxWorker)) -}}
-{{- fail (printf "cluster.server.replica_ports: %v lie among those of Ray's workers" $ports) -}}
+{{- include "expertmesh.refuse" (printf "cluster.server.replica_ports: %v lie among those of Ray's workers" $ports) -}}
 {{- end -}}
 {{- range $index, $key := $keys -}}
 {{- range $other := slice $keys 0 $index -}}
 {{- if eq (int64 (get $cluster.server $key)) (int64 (get $cluster.server $other)) -}}
-{{- fail (printf "cluster.server: %s and %s are both %d" $other $key (int64 (get $cluster.server $key))) -}}
+{{- include "expertmesh.refuse" (printf "cluster.server: %s and %s are both %d" $other $key (int64 (get $cluster.server $key))) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- include "expertmesh.checkBounds" (list "cluster.engine" (int64 $cluster.engine.min_replicas) (int64 $cluster.engine.max_replicas) "_replicas") -}}
+{{- $engine := $cluster.engine -}}
+{{- if not (kindIs "invalid" $engine.degrade_after_s) -}}
+{{- if gt (float64 $engine.degrade_after_s) (float64 $engine.wait_for_experts_s) -}}
+{{- include "expertmesh.refuse" (printf "cluster.engine: degrade_after_s %v > wait_for_experts_s %v" $engine.degrade_after_s $engine.wait_for_experts_s) -}}
+{{- end -}}
+{{- end -}}
 {{- $pods := .Values.pods -}}
 {{- if le (int64 $pods.terminationGracePeriodSeconds) (add (int64 $pods.preStopSeconds) (int64 $pods.drainSeconds)) -}}
-{{- fail (printf "pods.terminationGracePeriodSeconds: %d is no more than preStopSeconds and drainSeconds together" (int64 $pods.terminationGracePeriodSeconds)) -}}
+{{- include "expertmesh.refuse" (printf "pods.terminationGracePeriodSeconds: %d is no more than preStopSeconds and drainSeconds together" (int64 $pods.terminationGracePeriodSeconds)) -}}
 {{- end -}}
 {{- end -}}
 
 {{/* Takes (where, low, high, suffix of the keys). */}}
 {{- define "expertmesh.checkBounds" -}}
 {{- if gt (index . 1) (index . 2) -}}
-{{- fail (printf "%s: max%s %d < min%s %d" (index . 0) (index . 3) (index . 2) (index . 3) (index . 1)) -}}
+{{- include "expertmesh.refuse" (printf "%s: max%s %d < min%s %d" (index . 0) (index . 3) (index . 2) (index . 3) (index . 1)) -}}
 {{- end -}}
 {{- end -}}
 
@@ -86,7 +98,7 @@
 {{- $seen := dict "router" true "headgroup" true -}}
 {{- range $index, $pool := .Values.expertPools -}}
 {{- if hasKey $seen $pool.name -}}
-{{- fail (printf "expertPools[%d].name: %q stands twice, or is the name of Ray's head or of the router pool" $index $pool.name) -}}
+{{- include "expertmesh.refuse" (printf "expertPools[%d].name: %q stands twice, or is the name of Ray's head or of the router pool" $index $pool.name) -}}
 {{- end -}}
 {{- $_ := set $seen $pool.name true -}}
 {{- include "expertmesh.checkBounds" (list (printf "expertPools[%d]" $index) (int64 $pool.minReplicas) (int64 $pool.maxReplicas) "Replicas") -}}
@@ -96,11 +108,11 @@
 {{- $resources := (get $.Values.cluster $section).resources -}}
 {{- range $name, $_ := $resources -}}
 {{- if ne $name "router" -}}
-{{- fail (printf "cluster.%s.resources: it runs in the pool router, not in %q" $section $name) -}}
+{{- include "expertmesh.refuse" (printf "cluster.%s.resources: it runs in the pool router, not in %q" $section $name) -}}
 {{- end -}}
 {{- end -}}
 {{- if not (hasKey $resources "router") -}}
-{{- fail (printf "cluster.%s.resources: {router: %s} is missing, by which it finds its pool" $section $amount) -}}
+{{- include "expertmesh.refuse" (printf "cluster.%s.resources: {router: %s} is missing, by which it finds its pool" $section $amount) -}}
 {{- end -}}
 {{- end -}}
 {{- include "expertmesh.checkRoom" (list "cluster.engine" "router" .Values.cluster.engine .Values.router 1.0) -}}
@@ -117,16 +129,16 @@
 {{- $where := printf "cluster.groups[%d]" $index -}}
 {{- $group := include "expertmesh.over" (list $defaults.group $given) | fromJson -}}
 {{- if hasKey $seen $group.name -}}
-{{- fail (printf "%s.name: %q stands twice" $where $group.name) -}}
+{{- include "expertmesh.refuse" (printf "%s.name: %q stands twice" $where $group.name) -}}
 {{- end -}}
 {{- $_ := set $seen $group.name true -}}
 {{- include "expertmesh.checkBounds" (list $where (int64 $group.min_replicas) (int64 $group.max_replicas) "_replicas") -}}
 {{- if and $group.emulated (gt (float64 $group.num_gpus) 0.0) -}}
-{{- fail (printf "%s: emulated is for CPUs, num_gpus is %v" $where $group.num_gpus) -}}
+{{- include "expertmesh.refuse" (printf "%s: emulated is for CPUs, num_gpus is %v" $where $group.num_gpus) -}}
 {{- end -}}
 {{- range $name, $amount := $group.resources -}}
 {{- if not (hasKey $pools $name) -}}
-{{- fail (printf "%s.resources: there is no pool %q; expertPools has: %s" $where $name (keys $pools | sortAlpha | join ", " | default "none")) -}}
+{{- include "expertmesh.refuse" (printf "%s.resources: there is no pool %q; expertPools has: %s" $where $name (keys $pools | sortAlpha | join ", " | default "none")) -}}
 {{- end -}}
 {{- include "expertmesh.checkRoom" (list $where $name $group (get $pools $name) 0.0) -}}
 {{- end -}}
@@ -142,11 +154,11 @@
 {{- $cpus := addf (float64 ($what.num_cpus | default 1)) (index . 4) -}}
 {{- $has := include "expertmesh.podCpus" $pool | float64 -}}
 {{- if gt $cpus $has -}}
-{{- fail (printf "%s: takes %v CPUs, a pod of pool %s requests %v" $where $cpus $name $has) -}}
+{{- include "expertmesh.refuse" (printf "%s: takes %v CPUs, a pod of pool %s requests %v" $where $cpus $name $has) -}}
 {{- end -}}
 {{- $gpus := float64 (dig "gpu" "count" 0 $pool) -}}
 {{- if gt (float64 ($what.num_gpus | default 0)) $gpus -}}
-{{- fail (printf "%s: takes %v GPUs, a pod of pool %s has %v" $where $what.num_gpus $name $gpus) -}}
+{{- include "expertmesh.refuse" (printf "%s: takes %v GPUs, a pod of pool %s has %v" $where $what.num_gpus $name $gpus) -}}
 {{- end -}}
 {{- end -}}
 
@@ -163,25 +175,25 @@
 {{- define "expertmesh.checkSecrets" -}}
 {{- $kept := .Values.ray.gcsFaultTolerance -}}
 {{- if and $kept.passwordSecret (not $kept.redisAddress) -}}
-{{- fail "ray.gcsFaultTolerance.redisAddress: a password is given, but no Redis is named" -}}
+{{- include "expertmesh.refuse" "ray.gcsFaultTolerance.redisAddress: a password is given, but no Redis is named" -}}
 {{- end -}}
 {{- if and (eq .Values.tls.mode "existing") (not .Values.tls.existingSecret) -}}
-{{- fail "tls.existingSecret: tls.mode is existing, but no Secret is named" -}}
+{{- include "expertmesh.refuse" "tls.existingSecret: tls.mode is existing, but no Secret is named" -}}
 {{- end -}}
 {{- if and .Values.model.prepare.enabled (not .Values.model.prepare.source) -}}
-{{- fail "model.prepare.source: the checkpoint is missing; name it, or switch model.prepare.enabled off where the artifact exists" -}}
+{{- include "expertmesh.refuse" "model.prepare.source: the checkpoint is missing; name it, or switch model.prepare.enabled off where the artifact exists" -}}
 {{- end -}}
 {{- $prepare := .Values.model.prepare -}}
 {{- $key := ternary "source" "download" (hasPrefix "/" $prepare.source) -}}
 {{- $path := get $prepare $key -}}
 {{- if and $prepare.enabled (not (hasPrefix (printf "%s/" .Values.model.mountPath) $path)) -}}
-{{- fail (printf "model.prepare.%s: %s is not on the model volume, which is mounted at %s" $key $path .Values.model.mountPath) -}}
+{{- include "expertmesh.refuse" (printf "model.prepare.%s: %s is not on the model volume, which is mounted at %s" $key $path .Values.model.mountPath) -}}
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.host) -}}
-{{- fail "ingress.host: the host name is missing" -}}
+{{- include "expertmesh.refuse" "ingress.host: the host name is missing" -}}
 {{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
-{{- fail "httpRoute.parentRefs: no Gateway is named" -}}
+{{- include "expertmesh.refuse" "httpRoute.parentRefs: no Gateway is named" -}}
 {{- end -}}
 {{- end -}}
 
