@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+import pytest
 import yaml
 
 from expertmesh.config import (
@@ -104,6 +105,7 @@ def test_every_number_has_both_ends() -> None:
     assert [path for path in open_ended if "resource.Quantity" not in path] == []
 
 
+@pytest.mark.vllm
 def test_vllms_arguments_are_those_of_the_installed_one() -> None:
     from vllm import AsyncEngineArgs
 
