@@ -43,4 +43,4 @@ def _output(command: list[str]) -> str:
     except FileNotFoundError:
         raise ConfigError(f"floor: no {command[0]} here, with which the native core is built too") from None
     except subprocess.CalledProcessError as error:
-        raise ConfigError(f"floor: {command[0]}: {error.stderr.strip().splitlines()[-1:]}") from None
+        raise ConfigError(f"floor: {command[0]}: {' '.join(error.stderr.split())}") from None

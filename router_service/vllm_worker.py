@@ -8,6 +8,7 @@ is vLLM's here too. MegaScale-Infer (arXiv:2504.02263) calls the same a ping-pon
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,7 +19,13 @@ from typing import Any
 import torch
 from vllm import forward_context
 from vllm.forward_context import ForwardContext, create_forward_context, get_forward_context
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
 from vllm.v1.worker import ubatching
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -27,8 +34,11 @@ from vllm.v1.worker.ubatch_utils import check_ubatch_thresholds
 from router_service import losses
 from router_service.halves import Turns
 
-IN_TWO_CALLS = (FullAttentionSpec, SlidingWindowSpec)
-"""Kinds of KV cache whose layers may be given a request's tokens in two calls, one after the other."""
+log = logging.getLogger(__name__)
+
+IN_TWO_CALLS = frozenset({FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec})
+"""Kinds of KV cache whose layers may be given a request's tokens in two calls, one after the other; not what derives
+from them, which may need more of a step than vLLM keeps where it splits one."""
 SECOND = ThreadPoolExecutor(1, "second-half")
 
 
@@ -45,6 +55,8 @@ class OverlappingWorker(CPUWorker):  # type: ignore[misc]  # vLLM leaves classes
         super().init_device()
         if type(self.model_runner) is CPUModelRunner:
             self.model_runner.__class__ = OverlappingModelRunner
+        else:
+            log.warning("no dual-batch overlap: vLLM's runner is %s", type(self.model_runner).__qualname__)
 
 
 class OverlappingModelRunner(CPUModelRunner):  # type: ignore[misc]
@@ -69,7 +81,7 @@ class OverlappingModelRunner(CPUModelRunner):  # type: ignore[misc]
         if config.lora_config or config.speculative_config or config.kv_transfer_config:
             return False
         groups = self.kv_cache_config.kv_cache_groups
-        return all(isinstance(spec, IN_TWO_CALLS) for group in groups for spec in _specs(group.kv_cache_spec))
+        return all(type(spec) in IN_TWO_CALLS for group in groups for spec in _specs(group.kv_cache_spec))
 
     def _model_forward(
         self,

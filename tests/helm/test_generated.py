@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from tools.chart.__main__ import generated
 from tools.chart.helm import CHART
 from tools.chart.values import LEFT_OUT, ChartGroup, ChartModel, ChartServer, ChartValues
 
-MAPS = r"(nodeSelector|[lL]abels|[aA]nnotations|resources|experts|kwargs)(/anyOf/\d)?$"
+MAPS = r"([aA]nnotations|[lL]abels|nodeSelector|resources)(/anyOf/\d)?$"
 
 
 def defaults() -> dict[str, Any]:
@@ -64,44 +65,36 @@ def test_every_value_is_explained() -> None:
     assert "cluster.groups" in paths
 
 
+def nodes_of(schema: Any, path: str = "") -> Iterator[tuple[str, set[str], dict[str, Any]]]:
+    """Of each object in a schema: where it stands, which types it allows, itself."""
+    if isinstance(schema, dict):
+        types = schema.get("type", ())
+        yield path, set([types] if isinstance(types, str) else types), schema
+        for key, child in schema.items():
+            yield from nodes_of(child, f"{path}/{key}")
+    elif isinstance(schema, list):
+        for number, child in enumerate(schema):
+            yield from nodes_of(child, f"{path}/{number}")
+
+
 def test_every_object_of_the_schema_is_closed() -> None:
-    """But maps whose keys are free: labels, annotations, resources, and vLLM's own arguments."""
-    found: list[str] = []
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict):
-            types = node.get("type", ())
-            is_object = "object" in ([types] if isinstance(types, str) else types)
-            if is_object and node.get("additionalProperties") is not False and "maxProperties" not in node:
-                found.append(path)
-            for key, child in node.items():
-                walk(child, f"{path}/{key}")
-        elif isinstance(node, list):
-            for number, child in enumerate(node):
-                walk(child, f"{path}/{number}")
-
-    walk(schema.values_schema(), "")
+    """But maps whose keys are free: labels, annotations and resources."""
+    found = [
+        path
+        for path, types, node in nodes_of(schema.values_schema())
+        if "object" in types and node.get("additionalProperties") is not False and "maxProperties" not in node
+    ]
     assert [path for path in found if not re.search(MAPS, path)] == []
 
 
 def test_every_number_has_both_ends() -> None:
     """But Kubernetes' quantities, which are text as a rule."""
-    open_ended: list[str] = []
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict):
-            types = node.get("type", ())
-            is_number = {"integer", "number"} & set([types] if isinstance(types, str) else types)
-            low, high = {"minimum", "exclusiveMinimum"} & set(node), {"maximum", "exclusiveMaximum"} & set(node)
-            if is_number and not (low and high):
-                open_ended.append(path)
-            for key, child in node.items():
-                walk(child, f"{path}/{key}")
-        elif isinstance(node, list):
-            for number, child in enumerate(node):
-                walk(child, f"{path}/{number}")
-
-    walk(schema.values_schema(), "")
+    low, high = {"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"}
+    open_ended = [
+        path
+        for path, types, node in nodes_of(schema.values_schema())
+        if types & {"integer", "number"} and not (low & set(node) and high & set(node))
+    ]
     assert [path for path in open_ended if "resource.Quantity" not in path] == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,14 @@ def write(folder: Path, values: Mapping[str, Any]) -> Path:
     return file
 
 
-SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {}}
-NOT_IN = {"matchExpressions": [{"key": "zone", "operator": "NotInn", "values": ["a"]}]}
-PREFERS = {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "preference": NOT_IN}]}
+ZONE = {"matchExpressions": [{"key": "zone", "operator": "NotIn", "values": ["a"]}]}
+PREFERS = "preferredDuringSchedulingIgnoredDuringExecution"
+PLACED = {
+    "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}],
+    "affinity": {"nodeAffinity": {PREFERS: [{"weight": 1, "preference": ZONE}]}},
+}
+PREFERENCE = ("router", "affinity", "nodeAffinity", PREFERS, 0)
 CLOSED = list(objects_of(merged(GPU)))
 
 
@@ -92,11 +98,12 @@ def test_a_typo_in_any_object_is_refused(tmp_path: Path) -> None:
         (("cluster", "groups", 0, "max_replicas"), 99_999_999),
         (("cluster", "engine", "kwargs", "tensor_parallel_sise"), 2),
         (("cluster", "engine", "kv_cache_gib"), 1e9),
-        (("router", "tolerations"), [{"key": "gpu", "operator": "Exist"}]),
-        (("router", "tolerations"), [{"key": "gpu", "effect": "NoScedule"}]),
-        (("router", "topologySpreadConstraints"), [SPREAD | {"whenUnsatisfiable": "Sometimes"}]),
-        (("router", "topologySpreadConstraints"), [SPREAD | {"maxSkew": -1}]),
-        (("router", "affinity"), {"nodeAffinity": PREFERS}),
+        (("router", "tolerations", 0, "operator"), "Exist"),
+        (("router", "tolerations", 0, "effect"), "NoScedule"),
+        (("router", "topologySpreadConstraints", 0, "whenUnsatisfiable"), "Sometimes"),
+        (("router", "topologySpreadConstraints", 0, "maxSkew"), -1),
+        ((*PREFERENCE, "weight"), 0),
+        ((*PREFERENCE, "preference", "matchExpressions", 0, "operator"), "NotInn"),
         (("tls", "certManager", "issuerRef", "kind"), "ClusterIsuer"),
         (("router", "nodeSelector", "ex ample"), "a"),
         (("cluster", "groups", 0, "experts"), {"0-x": "0-3"}),
@@ -105,9 +112,10 @@ def test_a_typo_in_any_object_is_refused(tmp_path: Path) -> None:
 )
 def test_lint_and_template_name_the_key(tmp_path: Path, path: tuple[str | int, ...], value: object) -> None:
     values = merged(CPU)
+    values["router"] |= copy.deepcopy(PLACED)
     at(values, path[:-1])[path[-1]] = value
     file = write(tmp_path, values)
-    named = f"/{'/'.join(map(str, path if known(path) else path[:-1]))}"
+    named = f"/{'/'.join(map(str, path if known(path) else path[:-1]))}'"
     for command in (
         ("lint", "--strict", str(CHART), "-f", str(file)),
         ("template", "demo", str(CHART), "-f", str(file)),
@@ -116,6 +124,12 @@ def test_lint_and_template_name_the_key(tmp_path: Path, path: tuple[str | int, .
             helm(*command)
         assert named in str(caught.value)
         assert str(path[-1]) in str(caught.value)
+
+
+def test_what_those_cases_start_from_is_taken(tmp_path: Path) -> None:
+    values = merged(CPU)
+    values["router"] |= PLACED
+    assert "kind: RayService" in template(write(tmp_path, values))
 
 
 def known(path: tuple[str | int, ...]) -> bool:

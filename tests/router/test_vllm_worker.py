@@ -110,17 +110,22 @@ def test_a_half_that_fails_is_an_error_once_both_have_ended() -> None:
         ({"is_pooling_model": True}, False),
         ({"supports_mm_inputs": True}, False),
         ({"kv_cache": "mamba"}, False),
+        ({"kv_cache": "rswa"}, False),
     ],
 )
 def test_what_vllm_lays_out_for_all_rows_at_once_is_not_split(changed: dict[str, Any], expected: bool) -> None:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, RSWASpec
 
     from router_service.vllm_worker import OverlappingModelRunner
 
-    attention = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    mamba = MambaSpec(block_size=16, shapes=((1,),), dtypes=(torch.float32,))
+    shape = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    specs = {
+        "attention": FullAttentionSpec(**shape),
+        "rswa": RSWASpec(**shape, rswa_window=32),
+        "mamba": MambaSpec(block_size=16, shapes=((1,),), dtypes=(torch.float32,)),
+    }
     config = {"lora_config": None, "speculative_config": None, "kv_transfer_config": None} | changed
-    spec = mamba if changed.get("kv_cache") == "mamba" else attention
+    spec = specs[changed.get("kv_cache", "attention")]
     runner = OverlappingModelRunner.__new__(OverlappingModelRunner)
     runner.vllm_config = SimpleNamespace(**config, model_config=SimpleNamespace(is_encoder_decoder=False))
     runner.is_pooling_model = changed.get("is_pooling_model", False)
