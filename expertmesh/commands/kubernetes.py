@@ -11,6 +11,8 @@ import typer
 from expertmesh.commands.tls_options import Tls, TlsName, tls_files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from expertmesh.kubernetes.connection import Connection
     from expertmesh.kubernetes.ray_services import RayServices
     from expertmesh.kubernetes.service import Service
@@ -239,6 +241,9 @@ def rebalance(
     cool_down: Annotated[float, typer.Option(help="With --watch: seconds between two rebalances.", min=0)] = 600,
     window: Annotated[float, typer.Option(help="With --watch: seconds of load that count.", min=1)] = 300,
     interval: Annotated[float, typer.Option(help="With --watch: seconds between two looks.", min=1)] = 60,
+    heartbeat: Annotated[
+        Path | None, typer.Option(help="With --watch: file whose time is set while it gets on, for a liveness probe.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --watch: one JSON object per look.")] = False,
 ) -> None:
     """Bring the RayService to a plan's groups: new ones beside the old, and once they run, the old ones go.
@@ -267,21 +272,20 @@ def rebalance(
         if directory is None or artifact is None:
             raise typer.BadParameter("--watch needs --directory and --artifact")
         connection, services, service = _found(name, namespace, kubeconfig, context)
-        served, patience = read_manifest(artifact), Patience(timeout, settle)
         subject = ControlledService(
             services,
             service.name,
             directory,
             artifact,
-            served,
-            patience,
+            read_manifest(artifact),
+            Patience(timeout, settle),
             lines(err),
             memory_gib,
             tls_files(tls, tls_name),
         )
-        controller = Controller(lambda: subject, Limits(threshold, cool_down), window, observe)
+        controller = Controller(Limits(threshold, cool_down), window, observe)
         candidate = Candidate(connection, connection.namespace, lease, identity()) if lease else None
-        lead(controller, candidate, interval, lambda report: _tell(report, as_json))
+        lead(subject, controller, candidate, interval, lambda report: _tell(report, as_json), _beat(heartbeat))
         return
     wanted = read_plan_file(plan)
     manifest = None if artifact is None else read_manifest(artifact)
@@ -302,6 +306,20 @@ def rebalance(
     rebalance.run(roll_back=roll_back)
     back = f"; back again: expertmesh kubernetes rebalance {save_before}" if save_before else ""
     err.print(f"done{back}", highlight=False, soft_wrap=True)
+
+
+def _beat(file: Path | None) -> Callable[[], None]:
+    """Sets the file's time; raises ConfigError where that is not possible."""
+    from expertmesh.errors import ConfigError
+
+    def touch() -> None:
+        try:
+            if file is not None:
+                file.touch()
+        except OSError as error:
+            raise ConfigError(f"--heartbeat {file}: {(error.strerror or str(error)).lower()}") from None
+
+    return touch
 
 
 def _tell(report: Report, as_json: bool) -> None:

@@ -128,8 +128,8 @@ def _watch(
     from expertmesh.rebalance.controlled import ControlledCluster
 
     with _progress() as show:
-        controller = Controller(lambda: ControlledCluster(running, show, patience), limits, window_s, observe)
-        for report in controller.reports(interval_s):
+        controller = Controller(limits, window_s, observe)
+        for report in controller.reports(lambda: ControlledCluster(running, show, patience), interval_s):
             if json_lines:
                 typer.echo(report.model_dump_json(exclude_none=True))
             else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expertmesh.artifact.manifest import Manifest
@@ -24,6 +25,9 @@ from expertmesh.rebalance.watch import Controller, Planned, Report
 from expertmesh.v1 import directory_pb2
 from expertmesh.wire.tls import TlsFiles
 
+BEAT_S = 10.0
+LOST = "this process leads no more"
+
 
 @dataclass(frozen=True)
 class ControlledService:
@@ -40,6 +44,8 @@ class ControlledService:
     """Of experts in one replica, which a Serve config does not tell."""
     tls: TlsFiles | None = None
     """Where the directory asks for a certificate."""
+    stopped: Callable[[], str] = lambda: ""
+    """As a Rebalance takes it."""
 
     def loads(self, window_s: float) -> directory_pb2.ExpertLoadReply:
         return expert_load(self.directory, window_s, tls=self.tls)
@@ -58,7 +64,8 @@ class ControlledService:
 
     def apply(self, plan: Plan) -> bool:
         """Raises ClusterError where it was rolled back, too."""
-        Rebalance(self.services, self.name, self._proposal(plan).transition, self.patience, self.show).run()
+        transition = self._proposal(plan).transition
+        Rebalance(self.services, self.name, transition, self.patience, self.show, self.stopped).run()
         return True
 
     def _proposal(self, plan: Plan) -> Proposal:
@@ -75,12 +82,32 @@ def read_config(text: str, artifact: Path, memory_gib: float | None) -> ClusterC
 
 
 def lead(
-    controller: Controller, candidate: Candidate | None, interval_s: float, tell: Callable[[Report], None]
+    service: ControlledService,
+    controller: Controller,
+    candidate: Candidate | None,
+    interval_s: float,
+    tell: Callable[[Report], None],
+    beat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Looks for as long as this process leads, and waits to lead again when it no longer does; for ever."""
+    """Looks for as long as this process leads, and waits to lead again when it no longer does; for ever.
+
+    Once it has lost the lead it writes nothing more, in the middle of a rebalance either: the next leader finds the
+    groups that are there and plans from them. `beat` is called whenever it gets on, at least every BEAT_S or so.
+    """
+
+    def show(text: str) -> None:
+        beat()
+        service.show(text)
 
     def work(leadership: Leadership) -> None:
-        for report in controller.reports(interval_s, sleep=leadership.wait):
+        def pause(seconds: float) -> None:
+            until = time.monotonic() + seconds
+            while (left := until - time.monotonic()) > 0 and not leadership.wait(min(left, BEAT_S)):
+                beat()
+
+        subject = replace(service, show=show, stopped=lambda: LOST if leadership.lost else "")
+        for report in controller.reports(lambda: subject, interval_s, pause):
+            beat()
             tell(report)
             if leadership.lost:
                 return
@@ -88,7 +115,7 @@ def lead(
     if candidate is None:
         work(Leadership())
     else:
-        run_as_leader(candidate, work)
+        run_as_leader(candidate, work, service.show, beat)
 
 
 def identity() -> str:

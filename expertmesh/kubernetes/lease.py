@@ -172,15 +172,21 @@ class Candidate:
             raise refusal(error, f"{verb} {RESOURCE}", self._namespace, self._url) from None
 
 
-def run_as_leader(candidate: Candidate, work: Callable[[Leadership], T], say: Callable[[str], None] = logger.info) -> T:
+def run_as_leader(
+    candidate: Candidate,
+    work: Callable[[Leadership], T],
+    say: Callable[[str], None] = logger.info,
+    beat: Callable[[], None] = lambda: None,
+) -> T:
     """Waits until this process leads, runs `work` in the calling thread, and gives the lease back when it returns.
+    `beat` is called at every attempt to lead.
 
     Work that returns because its leadership was lost runs again once it leads again. Raises ClusterError where the API
     server refuses to let it be a candidate, which waiting does not change.
     """
     while True:
         say(f"{candidate.identity} waits to lead")
-        _wait_to_lead(candidate, say)
+        _wait_to_lead(candidate, say, beat)
         say(f"{candidate.identity} leads")
         leadership, done = Leadership(), threading.Event()
         renewing = threading.Thread(target=_renew, args=(candidate, leadership, done, say), daemon=True)
@@ -197,8 +203,9 @@ def run_as_leader(candidate: Candidate, work: Callable[[Leadership], T], say: Ca
         say(f"{candidate.identity} leads no more")
 
 
-def _wait_to_lead(candidate: Candidate, say: Callable[[str], None]) -> None:
+def _wait_to_lead(candidate: Candidate, say: Callable[[str], None], beat: Callable[[], None]) -> None:
     while True:
+        beat()
         try:
             if candidate.try_to_lead():
                 return

@@ -81,9 +81,8 @@ class Report(Section):
 
 @dataclass
 class Controller:
-    """`observe` never applies anything."""
+    """`observe` never applies anything. It is asked for its subject anew at each look."""
 
-    subject: Callable[[], Subject]
     limits: Limits
     window_s: float
     observe: bool
@@ -92,16 +91,18 @@ class Controller:
     def __post_init__(self) -> None:
         self._attempts: list[Attempt] = []
 
-    def reports(self, interval_s: float, sleep: Callable[[float], object] = time.sleep) -> Iterator[Report]:
+    def reports(
+        self, subject: Callable[[], Subject], interval_s: float, sleep: Callable[[float], object] = time.sleep
+    ) -> Iterator[Report]:
         """One after each look, for ever."""
         while True:
-            yield self.look()
+            yield self.look(subject)
             sleep(interval_s)
 
-    def look(self) -> Report:
+    def look(self, subject: Callable[[], Subject]) -> Report:
         """Looks, decides, and applies where that is due; whatever fails is in the report."""
         try:
-            return self._look(self.subject())
+            return self._look(subject())
         except ExpertMeshError as error:
             return Report(at=self.clock(), action="failed", reason=str(error))
 

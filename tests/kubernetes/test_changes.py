@@ -171,11 +171,11 @@ def test_the_controller_observes_and_applies(services: RayServices, ray_service:
             time.sleep(3.1)  # a slice of the directory's window
         subject = ControlledService(services, NAME, directory, Path("/artifact"), manifest(), QUICK, lambda _: None)
         limits = Limits(threshold=0.0, cool_down_s=600, min_rows=100)
-        seen = Controller(lambda: subject, limits, window_s=60, observe=True).look()
+        seen = Controller(limits, window_s=60, observe=True).look(lambda: subject)
         assert seen.action == "would apply", seen
         assert seen.rows > 0 and seen.groups_changed > 0 and ray_service.text == before
-        controller = Controller(lambda: subject, limits, window_s=60, observe=False)
+        controller = Controller(limits, window_s=60, observe=False)
         with ray_service.operated():
-            assert controller.look().action == "applied"
+            assert controller.look(lambda: subject).action == "applied"
         assert read_groups(ray_service.text).keys() != BEFORE.keys()
-        assert controller.look().action == "wait"
+        assert controller.look(lambda: subject).action == "wait"

@@ -14,7 +14,7 @@ from test_rebalance_run import BEFORE, IMPATIENT, Mesh, state  # noqa: F401 - a 
 from expertmesh.directory.client import expert_load
 from expertmesh.rebalance.controlled import ControlledCluster
 from expertmesh.rebalance.decision import Limits
-from expertmesh.rebalance.watch import Controller
+from expertmesh.rebalance.watch import Controller, Report
 
 HIDDEN = 64
 
@@ -39,33 +39,34 @@ def skewed(state: Path, tiny_artifact: Path, directory: str, monkeypatch: pytest
     made.cluster.close()
 
 
-def controller(mesh: Mesh, *, observe: bool) -> Controller:
-    def subject() -> ControlledCluster:
-        return ControlledCluster(mesh.record, lambda _: None, IMPATIENT, mesh.cluster)
+def controller(*, observe: bool) -> Controller:
+    return Controller(Limits(threshold=0.05, cool_down_s=600), 60, observe)
 
-    return Controller(subject, Limits(threshold=0.05, cool_down_s=600), 60, observe)
+
+def look(by: Controller, mesh: Mesh) -> Report:
+    return by.look(lambda: ControlledCluster(mesh.record, lambda _: None, IMPATIENT, mesh.cluster))
 
 
 def test_observes_then_applies_then_waits(skewed: Mesh) -> None:
-    seen = controller(skewed, observe=True).look()
+    seen = look(controller(observe=True), skewed)
     assert seen.action == "would apply", seen.text
     assert seen.rows == 20 * 2 * 186 and seen.groups_changed
     assert skewed.deployed()[1] == {"a", "b"}
-    acting = controller(skewed, observe=False)
-    applied = acting.look()
+    acting = controller(observe=False)
+    applied = look(acting, skewed)
     assert applied.action == "applied", applied.text
     source, groups = skewed.deployed()
     assert source == "expertmesh rebalance --watch" and set(skewed.running()) == groups != {"a", "b"}
-    again = acting.look()
+    again = look(acting, skewed)
     assert again.action == "wait", again.text
-    assert controller(skewed, observe=False).look().action == "wait", (
+    assert look(controller(observe=False), skewed).action == "wait", (
         "a new process knows of the cool-down or is content"
     )
 
 
 def test_another_rebalance_is_under_way(skewed: Mesh) -> None:
     with skewed.local().journals.lock():
-        report = controller(skewed, observe=False).look()
+        report = look(controller(observe=False), skewed)
     assert (report.action, report.reason) == ("failed", "another rebalance of mesh is under way")
     assert skewed.deployed()[1] == {"a", "b"}
 
@@ -74,7 +75,7 @@ def test_a_directory_that_is_away(state: Path, tiny_artifact: Path, directory: s
     made = Mesh(tiny_artifact, directory, BEFORE)
     try:
         made.record = made.record.model_copy(update={"directory": "127.0.0.1:1"})
-        report = controller(made, observe=False).look()
+        report = look(controller(observe=False), made)
         assert report.action == "failed" and "does not answer" in report.reason
     finally:
         made.cluster.close()

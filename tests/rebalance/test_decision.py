@@ -82,11 +82,11 @@ class Scripted:
 
 def actions(subject: Scripted, times: list[float], *, observe: bool = False) -> list[str]:
     now = [0.0]
-    controller = Controller(lambda: subject, Limits(0.1, 600), 300, observe, lambda: now[0])
+    controller = Controller(Limits(0.1, 600), 300, observe, lambda: now[0])
     found = []
     for time in times:
         now[0] = time
-        found.append(controller.look().action)
+        found.append(controller.look(lambda: subject).action)
     return found
 
 
