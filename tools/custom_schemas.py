@@ -1,7 +1,7 @@
 """custom_schemas.py FOLDER HTTPROUTE_JS: writes FOLDER/API_VERSION/KIND.json, schemas of the CRDs of other projects.
 
 What is at hand was generated from the CRDs: pydantic models of cert-manager's and of the Prometheus operator's, and a
-JavaScript module that holds Gateway API's. Both let null pass where the CRD does not; that is taken back.
+JavaScript module that holds Gateway API's. Both add null to what a CRD leaves optional; that is taken away again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Validators of what the chart renders: Kubernetes' own schemas, strict, and CRDs' with closed objects.
+"""Validators of what the chart renders: Kubernetes' own schemas, strict, and CRDs', in which objects are closed too.
 
 CRDs are KubeRay's, and those that `tools/kubernetes-tools` fetches: of cert-manager 1.17.1, of the Prometheus operator
-0.80.1 and of Gateway API 1.0.0 (experimental channel). Rules in CEL (`x-kubernetes-validations`) are not evaluated.
+0.80.1 and of Gateway API 1.0.0 (experimental channel). They refuse null too, which an API server drops: a key without a
+value is a template's mistake. Rules in CEL (`x-kubernetes-validations`) and those of webhooks are not evaluated.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _definitions(version: str) -> referencing.Registry[Any]:
 @functools.cache
 def _custom(api_version: str, kind: str) -> Manifest:
     """Of a CRD; CRDs themselves let unknown keys pass."""
-    schema = _rayservice() if kind == "RayService" else _fetched(api_version, kind)
+    schema = _rayservice() if (api_version, kind) == ("ray.io/v1", "RayService") else _fetched(api_version, kind)
     for node in list(_nodes(schema)):
         _as_json_schema(node)
     schema["properties"]["metadata"] = {"$ref": OBJECT_META}

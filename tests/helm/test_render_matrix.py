@@ -42,6 +42,10 @@ SWITCHES = {
 FIXED = {
     "ingress.host": "mesh.example.com",
     "httpRoute.parentRefs[0].name": "gateway",
+    "httpRoute.parentRefs[0].namespace": "gateways",
+    "httpRoute.parentRefs[0].sectionName": "https",
+    "httpRoute.parentRefs[0].port": "443",
+    "httpRoute.hostnames[0]": "*.example.com",
     "tls.existingSecret": "own-tls",
     "networkPolicy.clients[0].podSelector.matchLabels.app": "client",
 }
