@@ -11,7 +11,7 @@ import pytest
 import yaml
 from test_serve_config import merged
 
-from tools.chart.helm import CHART, HelmError, helm, template
+from tools.chart.helm import CHART, HelmError, helm, objects, template
 
 CPU = CHART / "ci" / "cpu-values.yaml"
 GPU = CHART / "ci" / "gpu-values.yaml"
@@ -56,6 +56,7 @@ PLACED = {
     "topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}],
     "affinity": {"nodeAffinity": {PREFERS: [{"weight": 1, "preference": ZONE}]}},
 }
+ROUTED = {"enabled": True, "parentRefs": [{"name": "public", "namespace": "gateways"}], "hostnames": ["*.example.com"]}
 PREFERENCE = ("router", "affinity", "nodeAffinity", PREFERS, 0)
 CLOSED = list(objects_of(merged(GPU)))
 
@@ -107,12 +108,17 @@ def test_a_typo_in_any_object_is_refused(tmp_path: Path) -> None:
         (("tls", "certManager", "issuerRef", "kind"), "ClusterIsuer"),
         (("router", "nodeSelector", "ex ample"), "a"),
         (("cluster", "groups", 0, "experts"), {"0-x": "0-3"}),
+        (("httpRoute", "hostnames", 0), "Mesh.Example.com"),
+        (("httpRoute", "parentRefs", 0, "namespace"), "gate.ways"),
+        (("httpRoute", "parentRefs", 0, "sectionName"), "https_8443"),
+        (("monitoring", "podMonitor", "interval"), "30s1m"),
     ],
     ids=lambda part: ".".join(map(str, part)) if isinstance(part, tuple) else "",
 )
 def test_lint_and_template_name_the_key(tmp_path: Path, path: tuple[str | int, ...], value: object) -> None:
     values = merged(CPU)
     values["router"] |= copy.deepcopy(PLACED)
+    values["httpRoute"] |= copy.deepcopy(ROUTED)
     at(values, path[:-1])[path[-1]] = value
     file = write(tmp_path, values)
     named = f"/{'/'.join(map(str, path if known(path) else path[:-1]))}'"
@@ -129,7 +135,8 @@ def test_lint_and_template_name_the_key(tmp_path: Path, path: tuple[str | int, .
 def test_what_those_cases_start_from_is_taken(tmp_path: Path) -> None:
     values = merged(CPU)
     values["router"] |= PLACED
-    assert "kind: RayService" in template(write(tmp_path, values))
+    values["httpRoute"] |= ROUTED
+    assert {"RayService", "HTTPRoute"} <= {one["kind"] for one in objects(template(write(tmp_path, values)))}
 
 
 def known(path: tuple[str | int, ...]) -> bool:

@@ -1,8 +1,10 @@
-"""All that the chart can render, checked against the schemas of Kubernetes 1.27 to 1.37 and KubeRay's CRD."""
+"""All that the chart can render, checked against the schemas of Kubernetes 1.27 to 1.37 and of the CRDs of others."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import tarfile
 from pathlib import Path
 
@@ -40,6 +42,10 @@ SWITCHES = {
 FIXED = {
     "ingress.host": "mesh.example.com",
     "httpRoute.parentRefs[0].name": "gateway",
+    "httpRoute.parentRefs[0].namespace": "gateways",
+    "httpRoute.parentRefs[0].sectionName": "https",
+    "httpRoute.parentRefs[0].port": "443",
+    "httpRoute.hostnames[0]": "*.example.com",
     "tls.existingSecret": "own-tls",
     "networkPolicy.clients[0].podSelector.matchLabels.app": "client",
 }
@@ -173,3 +179,40 @@ def test_a_typo_in_a_pod_is_seen() -> None:
     job["spec"]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Always"
     with pytest.raises(pytest.fail.Exception, match="imagePulPolicy"):
         check([job], VERSIONS[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "required"),
+    [
+        ("Issuer", ["spec", "ca"], "secretName"),
+        ("Certificate", ["spec", "issuerRef"], "name"),
+        ("HTTPRoute", ["spec", "rules", 0, "backendRefs", 0], "name"),
+        ("PodMonitor", ["spec"], "selector"),
+        ("PrometheusRule", ["spec", "groups", 0, "rules", 0], "expr"),
+    ],
+)
+def test_a_typo_in_a_custom_kind_is_seen(kind: str, path: list[str | int], required: str) -> None:
+    settings = {"tls.mode": "certManager", **{f"{key}.enabled": "true" for key in ("httpRoute", "monitoring.rules")}}
+    rendered = objects(template(CPU, settings=FIXED | settings | {"monitoring.podMonitor.enabled": "true"}))
+    one = [one for one in rendered if one["kind"] == kind][-1]
+    check([one], VERSIONS[0])
+    part = functools.reduce(operator.getitem, path, one)
+    right = part.pop(required)
+    for wrong, message in (
+        ({}, f"'{required}' is a required property"),
+        ({required: None}, "None"),
+        ({required: right, "unknownKey": "x"}, "'unknownKey' was unexpected"),
+    ):
+        part.update(wrong)
+        with pytest.raises(pytest.fail.Exception, match=message):
+            check([one], VERSIONS[0])
+    del part["unknownKey"]
+    one["metadata"]["lables"] = {}
+    with pytest.raises(pytest.fail.Exception, match="lables"):
+        check([one], VERSIONS[0])
+
+
+def test_a_kind_without_a_schema_is_seen() -> None:
+    unknown = {"apiVersion": "monitoring.coreos.com/v2", "kind": "PodMonitor", "metadata": {"name": "x"}}
+    with pytest.raises(pytest.fail.Exception, match=r"no schema of monitoring\.coreos\.com/v2 PodMonitor"):
+        check([unknown], VERSIONS[0])

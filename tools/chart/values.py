@@ -25,7 +25,9 @@ Labels = Annotated[
     pydantic.Field(json_schema_extra={"patternProperties": {LABEL: LABEL_VALUE}, "additionalProperties": False}),
 ]
 Annotations = dict[str, str]
-Duration = Annotated[str, pydantic.Field(pattern=r"^([0-9]+(h|m|s))+$")]
+Duration = Annotated[str, pydantic.Field(pattern=r"^([0-9]+h([0-9]+m)?([0-9]+s)?|[0-9]+m([0-9]+s)?|[0-9]+s)$")]
+"""As both Go and Prometheus read it: Prometheus wants the larger unit first."""
+HOST = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _BYTE = "(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])"
 NETWORK = (
     rf"^({_BYTE}\.){{3}}{_BYTE}/(3[0-2]|[12]?[0-9])$|^[0-9a-fA-F:]*:[0-9a-fA-F:.]*/(12[0-8]|1[01][0-9]|[1-9]?[0-9])$"
@@ -263,14 +265,16 @@ class Ingress(Enabled):
 
 class ParentRef(Values):
     name: ObjectName
-    namespace: ObjectName | None = None
-    section_name: str | None = None
+    namespace: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")] | None = None
+    section_name: Annotated[str, pydantic.Field(pattern=rf"^{HOST}$", max_length=253)] | None = None
     port: Annotated[int, pydantic.Field(ge=1, le=65535)] | None = None
 
 
 class HttpRoute(Enabled):
-    parent_refs: list[ParentRef]
-    hostnames: list[str]
+    parent_refs: list[ParentRef] = pydantic.Field(max_length=32)
+    hostnames: list[Annotated[str, pydantic.Field(pattern=rf"^(\*\.)?{HOST}$", max_length=253)]] = pydantic.Field(
+        max_length=16
+    )
 
 
 class PodMonitor(Enabled):
