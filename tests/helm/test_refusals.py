@@ -193,6 +193,12 @@ GROUP = "cluster.groups[0]"
         ({"expertPools[0].minReplicas": "4"}, "expertPools[0]: maxReplicas 3 < minReplicas 4"),
         ({"pods.drainSeconds": "200"}, "pods.terminationGracePeriodSeconds: 120 is no more than"),
         ({"tls.mode": "existing"}, "tls.existingSecret: tls.mode is existing, but no Secret is named"),
+        ({"tls.mode": "certManager", "tls.certManager.renewBefore": "8760h"}, "shorter; they are 8760h and 8760h"),
+        ({"tls.mode": "certManager", "tls.certManager.renewBefore": "4m59s"}, "they are 8760h and 4m59s"),
+        (
+            {"tls.mode": "certManager", "tls.certManager.duration": "59m", "tls.certManager.renewBefore": "5m"},
+            "tls.certManager: cert-manager wants a duration of 1h at least",
+        ),
         ({"model.prepare.source": ""}, "model.prepare.source: the checkpoint is missing"),
         ({"model.prepare.source": "/elsewhere/m"}, "model.prepare.source: /elsewhere/m is not on the model volume"),
         (

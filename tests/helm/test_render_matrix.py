@@ -125,6 +125,16 @@ def test_switches_in_pairs() -> None:
         helm("lint", "--strict", str(CHART), "-f", str(CPU), "--kube-version", version, *given)
 
 
+@pytest.mark.parametrize(("length", "named"), [(64, True), (65, False)])
+def test_a_certificate_bears_a_common_name_where_it_may(length: int, named: bool) -> None:
+    """X.509 takes 64 characters there."""
+    name = f"{'x' * 60}.{'y' * (length - 61)}"
+    rendered = objects(template(CPU, settings={"tls.mode": "certManager", "tls.serverName": name}))
+    (spec,) = (one["spec"] for one in rendered if one["kind"] == "Certificate" and not one["spec"].get("isCA"))
+    assert spec["dnsNames"] == [name]
+    assert spec.get("commonName") == (name if named else None)
+
+
 def assert_references_exist(rendered: list[Manifest]) -> None:
     """What pods mount and name is among the objects, unless a value names it."""
     made = {(one["kind"], one["metadata"]["name"]) for one in rendered}

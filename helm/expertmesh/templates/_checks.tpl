@@ -180,6 +180,12 @@
 {{- if and (eq .Values.tls.mode "existing") (not .Values.tls.existingSecret) -}}
 {{- include "expertmesh.refuse" "tls.existingSecret: tls.mode is existing, but no Secret is named" -}}
 {{- end -}}
+{{- $issued := .Values.tls.certManager -}}
+{{- $lasts := include "expertmesh.seconds" $issued.duration | atoi -}}
+{{- $renewed := include "expertmesh.seconds" $issued.renewBefore | atoi -}}
+{{- if and (eq .Values.tls.mode "certManager") (or (lt $lasts 3600) (lt $renewed 300) (ge $renewed $lasts)) -}}
+{{- include "expertmesh.refuse" (printf "tls.certManager: cert-manager wants a duration of 1h at least, and a renewBefore of 5m at least that is shorter; they are %s and %s" $issued.duration $issued.renewBefore) -}}
+{{- end -}}
 {{- if and .Values.model.prepare.enabled (not .Values.model.prepare.source) -}}
 {{- include "expertmesh.refuse" "model.prepare.source: the checkpoint is missing; name it, or switch model.prepare.enabled off where the artifact exists" -}}
 {{- end -}}
@@ -195,6 +201,15 @@
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}
 {{- include "expertmesh.refuse" "httpRoute.parentRefs: no Gateway is named" -}}
 {{- end -}}
+{{- end -}}
+
+{{/* Of a duration such as 8h30m. */}}
+{{- define "expertmesh.seconds" -}}
+{{- $total := 0 -}}
+{{- range $unit, $seconds := dict "h" 3600 "m" 60 "s" 1 -}}
+{{- $total = add $total (mul $seconds (regexFind (printf "[0-9]+%s" $unit) $ | trimSuffix $unit | default "0" | atoi)) -}}
+{{- end -}}
+{{- $total -}}
 {{- end -}}
 
 {{- define "expertmesh.checkKinds" -}}
