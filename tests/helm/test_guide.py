@@ -55,8 +55,11 @@ def blocks(language: str) -> list[str]:
 def commands() -> Iterator[str]:
     """Each command of the guide on one line, without what feeds it or what it feeds."""
     for block in blocks("sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield line.strip()
+        yield from commands_of(block)
+
+
+def commands_of(block: str) -> list[str]:
+    return [line.strip() for line in block.replace("\\\n", " ").splitlines()]
 
 
 def words(line: str) -> list[str]:
