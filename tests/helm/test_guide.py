@@ -32,6 +32,7 @@ LISTS = {
 }
 KUBECTL = {
     "annotate",
+    "apply",
     "cp",
     "create",
     "delete",
@@ -54,8 +55,11 @@ def blocks(language: str) -> list[str]:
 def commands() -> Iterator[str]:
     """Each command of the guide on one line, without what feeds it or what it feeds."""
     for block in blocks("sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            yield line.strip()
+        yield from commands_of(block)
+
+
+def commands_of(block: str) -> list[str]:
+    return [line.strip() for line in block.replace("\\\n", " ").splitlines()]
 
 
 def words(line: str) -> list[str]:
@@ -71,6 +75,7 @@ def of(program: str) -> list[list[str]]:
 
 def test_every_command_is_of_a_known_program() -> None:
     known = {"expertmesh", "helm", "kubectl", "tools/image", "docker", "kind", "curl", "cp", "diff", "mkdir", "sed"}
+    known |= {"hf", "aws", "git"}
     assert {words(line)[0] for line in commands()} == known
 
 
@@ -194,10 +199,18 @@ def test_a_plan_keeps_what_groups_get(tmp_path: Path) -> None:
 
 
 def test_the_plan_prints_what_the_guide_quotes(checkout: Path) -> None:
-    plan = next(line for line in commands() if line.startswith("expertmesh plan --shape"))
-    printed = run(checkout, plan).splitlines()
-    (quoted,) = blocks("text")
-    assert quoted.splitlines() == printed[: len(quoted.splitlines())]
+    mixtral, deepseek = (
+        ([line.rstrip() for line in run(checkout, plan).splitlines()], quoted.splitlines())
+        for plan, quoted in zip(
+            (line for line in commands() if line.startswith("expertmesh plan --shape")), blocks("text"), strict=True
+        )
+    )
+    assert mixtral[1] == mixtral[0]
+    printed, quoted = deepseek
+    assert quoted == printed[: len(quoted)]
+    more = printed[len(quoted) : -1]
+    assert {re.sub(r"warm-\S+ +", "", line) for line in more} == {re.sub(r"warm-\S+ +", "", quoted[-1])}
+    assert f"and {len(more)} more groups like this one, of 16 experts per layer and 76.1 GiB" in GUIDE
 
 
 def test_helm_and_kubectl_know_their_commands() -> None:
@@ -212,6 +225,16 @@ def test_helm_and_kubectl_know_their_commands() -> None:
         assert all(f"{flag} " in said or f"{flag}[" in said or f"{flag}\n" in said for flag in flags), command
 
 
+def test_hf_knows_the_flags() -> None:
+    """Of downloads here and in pods."""
+    hf = Path(sys.executable).with_name("hf")
+    said = subprocess.run([hf, "download", "--help"], capture_output=True, text=True, check=True, timeout=120).stdout
+    downloads = [line[line.index("hf download") :].split() for line in commands() if "hf download" in line]
+    assert len(downloads) == 2
+    for flag in {one for command in downloads for one in command if one.startswith("-")}:
+        assert re.search(rf"(?<![\w-]){flag}(?![\w-])", said), flag
+
+
 def without_namespace(command: list[str]) -> list[str]:
     rest = command[1:]
     return rest[2:] if rest[0] == "-n" else rest
@@ -224,6 +247,7 @@ def test_kubectl_knows_the_flags(command: list[str]) -> None:
     if kubectl is None:
         pytest.skip("kubectl is neither on the PATH nor in the cache; tools/kubernetes-tools fetches it")
     rest = without_namespace(command)
+    rest = rest[: rest.index("--")] if "--" in rest else rest  # what follows is a command for the pod
     verb = rest[:3] if rest[:2] == ["create", "secret"] else rest[:1]
     said = "".join(
         subprocess.run([kubectl, *arguments], capture_output=True, text=True, check=True).stdout
