@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import difflib
+import itertools
 import json
 import re
 import shutil
@@ -258,6 +259,42 @@ def test_accounts_may_do_what_they_need_and_nothing_more(release: Release) -> No
     assert asked > 400
 
 
+def test_all_that_accounts_may_do_is_in_the_table(release: Release) -> None:
+    """What `kubectl auth can-i --list` shows, of kinds and verbs that nobody thought of too; but for what every account
+    may do, as one without any binding shows."""
+    release.install("--set", "rebalancer.enabled=true")
+    release.server.kubectl("create", "serviceaccount", "nobody", "-n", release.namespace)
+    everyone = rules(release, "nobody")
+    reviews = ("selfsubjectaccessreviews", "selfsubjectrulesreviews")
+    assert {rule for rule in everyone if not rule.startswith("/")} == {
+        f"create {review}.authorization.k8s.io" for review in reviews
+    }
+    for account, may in MAY.items():
+        wanted = {f"{verb} {resource}" for resource, verbs in may.items() for verb in verbs}
+        assert rules(release, account) - everyone == wanted, account
+        assert everyone <= rules(release, account)
+    assert set(MAY) == {*release.names("serviceaccount")} - {"nobody", "default"}, "no account is forgotten"
+
+
+def rules(release: Release, account: str) -> set[str]:
+    """`verb resource.group/name`, and `/path: verb` of what is no resource, as the account itself is told."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": release.namespace},
+    }
+    answer = ask(release.server, review, as_account=(release.namespace, account))["status"]
+    assert not answer["incomplete"]
+    found = set()
+    for rule in answer["resourceRules"]:
+        groups, names = rule.get("apiGroups", [""]), rule.get("resourceNames") or [""]
+        for verb, resource, group, name in itertools.product(rule["verbs"], rule["resources"], groups, names):
+            found.add(f"{verb} {resource}{group and f'.{group}'}{name and f'/{name}'}")
+    for rule in answer["nonResourceRules"]:
+        found |= {f"{path}: {verb}" for path in rule["nonResourceURLs"] for verb in rule["verbs"]}
+    return found
+
+
 def can(release: Release, account: str, verb: str, resource: str, namespace: str) -> bool:
     """What `kubectl auth can-i` asks, in one request each."""
     plural, _, rest = resource.partition("/")
@@ -265,8 +302,7 @@ def can(release: Release, account: str, verb: str, resource: str, namespace: str
     attributes = {"verb": verb, "resource": plural, "group": group, "namespace": namespace}
     if rest:
         attributes |= {"subresource": rest} if plural == "pods" else {"name": rest}
-    user = f"system:serviceaccount:{release.namespace}:{account}"
-    groups = ["system:serviceaccounts", f"system:serviceaccounts:{release.namespace}", "system:authenticated"]
+    user, groups = identity(release.namespace, account)
     review = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SubjectAccessReview",
@@ -275,13 +311,23 @@ def can(release: Release, account: str, verb: str, resource: str, namespace: str
     return bool(ask(release.server, review)["status"]["allowed"])
 
 
-def ask(server: ApiServer, review: dict[str, Any]) -> Any:
+def identity(namespace: str, account: str) -> tuple[str, list[str]]:
+    """User and groups, as the API server takes an account's token for."""
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
+    return f"system:serviceaccount:{namespace}:{account}", groups
+
+
+def ask(server: ApiServer, review: dict[str, Any], as_account: tuple[str, str] | None = None) -> Any:
+    """As admin, or as an account (namespace, name) that admin impersonates."""
     import httpx
 
     config = yaml.safe_load(server.kubeconfig.read_text())
     token = next(user["user"]["token"] for user in config["users"] if user["name"] == "admin")
-    headers = {"Authorization": f"Bearer {token}"}
-    url = f"{server.url}/apis/authorization.k8s.io/v1/subjectaccessreviews"
+    headers = [("Authorization", f"Bearer {token}")]
+    if as_account is not None:
+        user, groups = identity(*as_account)
+        headers += [("Impersonate-User", user), *(("Impersonate-Group", group) for group in groups)]
+    url = f"{server.url}/apis/authorization.k8s.io/v1/{review['kind'].lower()}s"
     answer = httpx.post(url, json=review, headers=headers, verify=False, trust_env=False)
     assert answer.status_code == 201, answer.text
     return answer.json()
