@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import copy
 import difflib
 import itertools
 import json
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,6 +20,8 @@ import yaml
 from cryptography import x509
 from kubernetes_testbed import ApiServer, tool
 from test_guide import commands
+from test_refusals import PLACED, UNFIT, WRONG, assert_named, at, write
+from test_serve_config import merged
 
 from expertmesh.api_keys import admits, parse
 from tools.chart.helm import CHART
@@ -83,12 +87,12 @@ def test_install_upgrade_roll_back_uninstall(release: Release) -> None:
     assert "helm -n" in said
     first = release.get("rayservice", NAME)
     assert yaml.safe_load(first["spec"]["serveConfigV2"])["applications"]
-    secrets = {name: release.get("secret", f"{NAME}-{name}")["data"] for name in ("ray-auth", "api-keys", "tls")}
+    made = {name: release.get("secret", f"{NAME}-{name}")["data"] for name in ("ray-auth", "api-keys", "tls")}
     before = release.manifest()
 
     release.upgrade("--set", "cluster.groups[0].max_replicas=5")
     second = release.get("rayservice", NAME)
-    assert {name: release.get("secret", f"{NAME}-{name}")["data"] for name in secrets} == secrets
+    assert {name: release.get("secret", f"{NAME}-{name}")["data"] for name in made} == made
     assert changed_lines(before, release.manifest()) == ["-          max_replicas: 2", "+          max_replicas: 5"]
     assert without_serve_config(first) == without_serve_config(second)
 
@@ -161,6 +165,72 @@ def test_a_typo_is_refused_and_nothing_is_installed(release: Release) -> None:
     assert "at '/cluster/groups/0': additional properties 'max_replica' not allowed" in done.stderr
     assert release.server.helm("list", "-n", release.namespace, "-q").strip() == ""
     assert release.names("rayservice") == []
+
+
+@pytest.fixture(scope="module")
+def standing(api_server: ApiServer, chart: Path) -> Release:
+    """An installed one, which nobody may change."""
+    name = f"standing-{secrets.token_hex(4)}"
+    api_server.kubectl("create", "namespace", name)
+    made = Release(api_server, name, chart)
+    made.install()
+    return made
+
+
+def versions(release: Release) -> dict[tuple[str, str], str]:
+    """Of all objects, which change with every write, and of Helm's own record among the Secrets."""
+    kinds = "rayservice,role,rolebinding,networkpolicy,job,secret,configmap,serviceaccount,pvc,pod,deployment"
+    listed = json.loads(release.server.kubectl("get", kinds, "-n", release.namespace, "-o", "json"))["items"]
+    return {(one["kind"], one["metadata"]["name"]): one["metadata"]["resourceVersion"] for one in listed}
+
+
+MISTAKES = {
+    "top level": ("expertPool",),
+    "nested": ("cluster", "groups", 0, "max_replica"),
+    "vLLM's": ("cluster", "engine", "kwargs", "tensor_parallel_sise"),
+    "type": ("expertPools", 0, "minReplicas"),
+    "range": ("cluster", "server", "http_port"),
+    "in a list": ("router", "tolerations", 0, "operator"),
+    "Kubernetes' own": ("router", "affinity", "nodeAffinty"),
+}
+
+
+@pytest.mark.parametrize("path", MISTAKES.values(), ids=MISTAKES)
+def test_a_wrong_value_leaves_a_release_as_it_is(
+    standing: Release, tmp_path: Path, path: tuple[str | int, ...]
+) -> None:
+    """Nor is it installed; the message has its path."""
+    values = merged(CPU)
+    values["router"] |= copy.deepcopy(PLACED)
+    at(values, path[:-1])[path[-1]] = dict(WRONG)[path]
+    for said in refused(standing, "-f", str(write(tmp_path, values))):
+        assert_named(path, said)
+
+
+DO_NOT_FIT = ("cluster.groups[0].min_replicas", "expertPools[0].name", "pods.drainSeconds", "tls.mode")
+
+
+@pytest.mark.parametrize("key", DO_NOT_FIT)
+def test_values_that_do_not_fit_leave_a_release_as_it_is(standing: Release, key: str) -> None:
+    settings, message = next((settings, message) for settings, message in UNFIT if key in settings)
+    given = [part for setting, value in settings.items() for part in ("--set", f"{setting}={value}")]
+    for said in refused(standing, *given):
+        assert message in said.replace('\\"', '"')
+
+
+def refused(standing: Release, *arguments: str) -> list[str]:
+    """What helm says, with these values, of a new release on the server and of an upgrade, of which nothing comes."""
+    before = versions(standing)
+    assert len(before) > 10
+    said = []
+    for verb, name, more in (("install", "other", ["--dry-run=server"]), ("upgrade", "demo", [])):
+        command = (verb, name, str(standing.chart), "-n", standing.namespace, "-f", str(CPU), *OLD_SERVER)
+        with pytest.raises(AssertionError) as caught:
+            standing.server.helm(*command, *more, *arguments)
+        said.append(str(caught.value))
+    assert versions(standing) == before
+    assert [one["status"] for one in json.loads(standing.helm("history", "-o", "json"))] == ["deployed"]
+    return said
 
 
 def test_generated_secrets_hold_what_is_needed(release: Release) -> None:
