@@ -106,6 +106,10 @@ WRONG: list[tuple[tuple[str | int, ...], object]] = [
     (("tls", "certManager", "issuerRef", "kind"), "ClusterIsuer"),
     (("router", "nodeSelector", "ex ample"), "a"),
     (("cluster", "groups", 0, "experts"), {"0-x": "0-3"}),
+    (("cluster", "model", "artifact"), "/models/../etc"),
+    (("cluster", "model", "artifact"), "/models//artifact"),
+    (("model", "mountPath"), "/mo\x01dels"),
+    (("model", "prepare", "download"), "/models/a:"),
 ]
 
 
@@ -150,6 +154,11 @@ GROUP = "cluster.groups[0]"
 
 UNFIT = [
     ({f"{GROUP}.min_replicas": "3"}, "cluster.groups[0]: max_replicas 2 < min_replicas 3"),
+    (
+        {f"{GROUP}.experts": "0\\,5-3"},
+        'cluster.groups[0].experts: "5-3" is not an ascending range of indices below 2^20',
+    ),
+    ({f"{GROUP}.experts": "0-1048576"}, 'cluster.groups[0].experts: "0-1048576" is not an ascending range'),
     ({"cluster.groups[1].name": "a"}, 'cluster.groups[1].name: "a" stands twice'),
     (
         {f"{GROUP}.resources.gpus": "1"},
