@@ -17,7 +17,7 @@ test: setup ## Run all tests that need neither a GPU nor a Kubernetes API server
 
 e2e-kubernetes: setup ## Run all tests of chart, image file and client; a Kubernetes API server is built once into ~/.cache; ARGS for pytest
 	@tools/kubernetes-tools
-	@$(PYTHON) -m pytest -m "not image" tests/helm tests/kubernetes tests/image $(ARGS)
+	@EXPERTMESH_REQUIRE_TESTBED=1 $(PYTHON) -m pytest -m "not image" tests/helm tests/kubernetes tests/image $(ARGS)
 
 image: setup ## Build the CPU image and test it, as root; BASE=NAME@sha256:DIGEST, otherwise on a stand-in made with debootstrap
 	@tools/image cpu $(if $(BASE),--base $(BASE) --engine buildah,--stand-in)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
@@ -22,7 +22,15 @@ def read_model(path: Path, model: type[Model], begins: str, hidden: Set[str] = T
 
     `begins` says how such a file begins, for one that has no keys; parts of a location in `hidden` are not shown.
     """
-    text = _read(path)
+    content = parse_mapping(_read(path), path, begins)
+    try:
+        return model.model_validate(content)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error, hidden)}") from None
+
+
+def parse_mapping(text: str, path: Path, begins: str) -> dict[str, Any]:
+    """The file's content; raises ConfigError with one line, as `read_model` does."""
     try:
         content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -37,10 +45,7 @@ def read_model(path: Path, model: type[Model], begins: str, hidden: Set[str] = T
         raise ConfigError(f"{path}: is empty")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds no keys; {begins}")
-    try:
-        return model.model_validate(content)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {first_problem(error, hidden)}") from None
+    return content
 
 
 def first_problem(error: pydantic.ValidationError, hidden: Set[str] = TYPE_NAMES) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -24,6 +25,8 @@ SHARED = CHECKOUT.parent / "shared"
 CRDS = SHARED / "crds"
 TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertmesh/kubernetes"
 START_ATTEMPTS = 3
+REQUIRED = "EXPERTMESH_REQUIRE_TESTBED"
+"""Set by `make e2e-kubernetes`: nothing is skipped for want of the API server or its tools."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,24 @@ class ApiServer:
         return done.stdout
 
 
+def absent(reason: str) -> NoReturn:
+    """Skips the test, or ends all of them where a real API server was promised."""
+    if os.environ.get(REQUIRED):
+        pytest.exit(reason, returncode=1)
+    pytest.skip(reason)
+
+
 def tool(program: str) -> Path:
-    """helm, kubectl, promtool or hadolint; skips the test where `tools/kubernetes-tools` has not been run."""
+    """helm, kubectl, promtool or hadolint; `absent` where `tools/kubernetes-tools` has not been run."""
     path = TOOLS / "bin" / program
     if not path.exists():
-        pytest.skip(f"{program} is not in {TOOLS}/bin; tools/kubernetes-tools puts it there")
+        absent(f"{program} is not in {TOOLS}/bin; tools/kubernetes-tools puts it there")
     return path
 
 
 @pytest.fixture(scope="session")
 def api_server() -> Iterator[ApiServer]:
-    """Skips where ../shared is not beside the checkout, or `tools/kubernetes-tools` has not been run."""
+    """`absent` where ../shared is not beside the checkout, or `tools/kubernetes-tools` has not been run."""
     running, stop = _running()
     yield running
     stop()
@@ -98,9 +108,9 @@ def namespace(api_server: ApiServer) -> str:
 def _running() -> tuple[ApiServer, functools.partial[None]]:
     """The session's server, and what ends it; both folders' fixtures get the same."""
     if not CRDS.is_dir():
-        pytest.skip("../shared, with the API server's build script and KubeRay's CRDs, is not beside the checkout")
+        absent("../shared, with the API server's build script and KubeRay's CRDs, is not beside the checkout")
     if not (TOOLS / "apiserver/bin/kube-apiserver").exists():
-        pytest.skip(f"no API server in {TOOLS}/apiserver; tools/kubernetes-tools builds it")
+        absent(f"no API server in {TOOLS}/apiserver; tools/kubernetes-tools builds it")
     with ExitStack() as undo:
         folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="expertmesh-kubernetes-")))
         work = folder / "server"

@@ -143,7 +143,11 @@ def logs(
     pods = Pods(connection)
     found = chosen(pods.of(service), service, wanted, group)
     sources = {pod.name: pods.lines(pod, follow=follow, tail=tail) for pod in found}
-    for source, line in merged(sources, lambda problem: err.print(f"! {problem}", highlight=False, soft_wrap=True)):
+
+    def tell(problem: str) -> None:
+        err.print(f"! {problem}", highlight=False, soft_wrap=True, markup=False)
+
+    for source, line in merged(sources, tell):
         typer.echo(f"[{source}] {line}" if len(found) > 1 else line)
 
 

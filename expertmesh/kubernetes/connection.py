@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import urllib3
-import yaml
 from kubernetes import client
 from kubernetes.config import ConfigException, kube_config
 from kubernetes.config.incluster_config import InClusterConfigLoader
 
 from expertmesh.errors import ConfigError
+from expertmesh.yaml_file import parse_mapping
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 DEFAULT_NAMESPACE = "default"
@@ -47,31 +47,40 @@ def connect(
     )
     default = Path.home() / ".kube/config"
     in_pod = "KUBERNETES_SERVICE_HOST" in environ and (account / "token").exists()
-    if not places and (default.exists() or not in_pod):
+    if places and not any(place.exists() for place in places):
+        raise ConfigError(f"no kubeconfig at {', '.join(map(str, places))}")
+    if not places and default.exists():
         places = [default]
+    if not places and not in_pod:
+        raise ConfigError(f"no kubeconfig at {default}, and this is no pod with a ServiceAccount")
     try:
         if places:
-            return _by_kubeconfig(places, context, namespace)
+            return _by_kubeconfig([place for place in places if place.exists()], context, namespace)
         if context is not None:
             raise ConfigError("--context names one of a kubeconfig's contexts; this pod has its ServiceAccount alone")
         return _by_account(account, namespace, environ)
-    except (ConfigException, yaml.YAMLError, OSError, ValueError, TypeError, KeyError) as error:
+    except (ConfigException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         where = ", ".join(map(str, places)) or str(account)
-        raise ConfigError(f"{where}: {_first_line(error)}") from None
+        raise ConfigError(f"{where}: {_reason(error)}") from None
 
 
 def _by_kubeconfig(places: list[Path], context: str | None, namespace: str | None) -> Connection:
-    if not any(place.exists() for place in places):
-        raise ConfigError(f"no kubeconfig at {', '.join(map(str, places))}, and this is no pod with a ServiceAccount")
-    paths = os.pathsep.join(str(place) for place in places)
-    contexts, active = kube_config.list_kube_config_contexts(paths)
-    chosen = next((one for one in contexts if one["name"] == context), active if context is None else None)
+    """Of several files, the first that says something is believed, as kubectl does."""
+    begins = "a kubeconfig begins with `apiVersion: v1` and `kind: Config`"
+    files = [parse_mapping(place.read_text(), place, begins) for place in places]
+    named = [one for file in reversed(files) for one in file.get("contexts") or []]
+    contexts = {one["name"]: one.get("context") or {} for one in named}
+    where, known = ", ".join(map(str, places)), ", ".join(sorted(contexts)) or "none"
+    chosen = context or next((file["current-context"] for file in files if file.get("current-context")), None)
     if chosen is None:
-        known = ", ".join(sorted(one["name"] for one in contexts))
-        raise ConfigError(f"{paths}: no context {context!r}; its contexts are {known}")
+        raise ConfigError(f"{where}: no current-context; say --context, of which there are {known}")
+    if chosen not in contexts:
+        raise ConfigError(f"{where}: no context {chosen!r}; its contexts are {known}")
     settings = client.Configuration()
-    kube_config.load_kube_config(paths, chosen["name"], settings, persist_config=False)
-    return _connection(settings, namespace or chosen["context"].get("namespace") or DEFAULT_NAMESPACE)
+    kube_config.load_kube_config(os.pathsep.join(map(str, places)), chosen, settings, persist_config=False)
+    if not settings.host:
+        raise ConfigError(f"{where}: cluster {contexts[chosen].get('cluster')} has no server")
+    return _connection(settings, namespace or contexts[chosen].get("namespace") or DEFAULT_NAMESPACE)
 
 
 def _by_account(account: Path, namespace: str | None, environ: Mapping[str, str]) -> Connection:
@@ -91,5 +100,9 @@ def _connection(settings: Any, namespace: str) -> Connection:
     return Connection(client.ApiClient(settings), namespace)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

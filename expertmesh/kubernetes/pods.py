@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import urllib3
 from kubernetes.client import ApiException, CoreV1Api
-from kubernetes.watch.watch import iter_resp_lines
 
 from expertmesh.errors import ClusterError, ConfigError
 from expertmesh.kubernetes.connection import Connection
@@ -24,6 +23,8 @@ CLUSTER, NODE_TYPE, POOL = "ray.io/cluster", "ray.io/node-type", "ray.io/group"
 COMPONENT = "app.kubernetes.io/component"
 """The chart's."""
 ROUTER_POOL = "router"
+SILENT_S = 7 * 86400.0
+"""A log that is followed may be without a line for so long: the client takes no timeout that is unlimited."""
 Role = Literal["head", "router", "experts"]
 ROLES: tuple[Role, ...] = ("head", "router", "experts")
 
@@ -93,7 +94,7 @@ class Pods:
     def lines(self, pod: Pod, *, follow: bool, tail: int | None) -> Iterator[str]:
         """Of its first container, which is Ray's; with `follow` until the pod ends."""
         options: dict[str, Any] = {"tail_lines": tail} if tail is not None else {}
-        timeout: Any = (TIMEOUT_S[0], None) if follow else TIMEOUT_S
+        timeout = (TIMEOUT_S[0], SILENT_S) if follow else TIMEOUT_S
         try:
             answer = self._api.read_namespaced_pod_log(
                 pod.name,
@@ -104,9 +105,12 @@ class Pods:
                 _request_timeout=timeout,
                 **options,
             )
+            if answer.status == 204:
+                raise ClusterError(f"pod {pod.name} has no log: it is on no node yet")
             if answer.status != 200:
                 raise ApiException(status=answer.status, reason=answer.reason, body=answer.read().decode())
-            yield from iter_resp_lines(answer)
+            for line in answer:  # the last one too, of a process that ended within it
+                yield line.decode(errors="replace").removesuffix("\n")
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             raise refusal(error, f"get pods/log of {pod.name}", self._namespace, self._url) from None
 
@@ -114,34 +118,35 @@ class Pods:
 def merged(sources: Mapping[str, Iterator[str]], failed: Callable[[str], None]) -> Iterator[tuple[str, str]]:
     """(source, line) of all sources as they come, each read on a thread of its own.
 
-    `failed` is told of those that break. Raises ClusterError where all of them do.
+    `failed` is told of those that break. Raises ClusterError where all of them do, with what the last one met.
     """
     lines: queue.Queue[tuple[str, str | None, str]] = queue.Queue(maxsize=10_000)
 
     def read(name: str, source: Iterator[str]) -> None:
-        problem = ""
+        problem = f"{name}: not read to its end"  # whatever else it raises, nobody waits for it
         try:
             for line in source:
                 lines.put((name, line, ""))
+            problem = ""
         except ClusterError as error:
             problem = str(error)
-        lines.put((name, None, problem))
+        finally:
+            lines.put((name, None, problem))
 
     for name, source in sources.items():
         threading.Thread(target=read, args=(name, source), daemon=True).start()
-    problems: list[str] = []
-    left = len(sources)
+    left, broken = len(sources), 0
     while left:
         name, line, problem = lines.get()
         if line is not None:
             yield name, line
             continue
         left -= 1
+        broken += bool(problem)
+        if broken == len(sources):
+            raise ClusterError(problem)
         if problem:
-            problems.append(problem)
             failed(problem)
-    if problems and len(problems) == len(sources):
-        raise ClusterError(problems[0])
 
 
 def _pod(found: Any) -> Pod:

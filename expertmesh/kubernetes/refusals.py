@@ -37,7 +37,7 @@ def refusal(error: ApiException | urllib3.exceptions.HTTPError, asked: str, name
         why = message if status == 403 else f"{url} does not accept the credentials; have they expired?"
         return NotAllowed(f"not allowed to {asked} in namespace {namespace} ({status}): {why}")
     if status == 404:
-        return NotThere(_absent(said, asked, namespace))
+        return NotThere(_absent(said, asked, namespace, message))
     if status == 409:
         return Conflict(f"{asked} in namespace {namespace}: {message}")
     if status == 429 or status >= 500:
@@ -45,11 +45,15 @@ def refusal(error: ApiException | urllib3.exceptions.HTTPError, asked: str, name
     return ClusterError(f"the API server refuses to {asked} in namespace {namespace} ({status}): {message}")
 
 
-def _absent(said: dict[str, Any], asked: str, namespace: str) -> str:
-    """An object that is not there is named in the answer; a kind that is not known has no such answer."""
-    name, kind = (said.get("details") or {}).get("name"), asked.rsplit(maxsplit=1)[-1]
-    if name:
+def _absent(said: dict[str, Any], asked: str, namespace: str, message: str) -> str:
+    """An object that is not there is named in the answer, be it another one than was asked for, such as a pod's node;
+    a kind that is not known has no such answer."""
+    details, kind = said.get("details") or {}, asked.rsplit(maxsplit=1)[-1]
+    name, absent = details.get("name"), ".".join(filter(None, (details.get("kind"), details.get("group"))))
+    if name and absent == kind:
         return f"no {kind} named {name} in namespace {namespace}"
+    if name:
+        return f"cannot {asked} in namespace {namespace}: {message}"
     return f"the cluster does not know {kind}" + ("; is the KubeRay operator installed?" if "ray.io" in kind else "")
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from chart_schemas import CHECKED, VERSIONS
-from kubernetes_testbed import api_server, namespace
+from kubernetes_testbed import absent, api_server, namespace
 
 from tools.chart.helm import tool, values_files
 
@@ -12,7 +12,7 @@ __all__ = ["api_server", "namespace"]
 @pytest.fixture(scope="session", autouse=True)
 def helm_is_here() -> None:
     if tool("helm") is None:
-        pytest.skip("helm is neither on the PATH nor in the cache; tools/kubernetes-tools fetches it")
+        absent("helm is neither on the PATH nor in the cache; tools/kubernetes-tools fetches it")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

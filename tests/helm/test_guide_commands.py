@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 import yaml
+from kuberay_stand_in import RayServiceObject, admin
 from kubernetes_testbed import ApiServer, tool
-from stand_in import RayServiceObject, admin
 from test_guide import GUIDE, commands, commands_of
 from test_release import chart
 

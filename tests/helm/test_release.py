@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import copy
 import difflib
+import itertools
 import json
 import re
+import secrets
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -17,6 +20,8 @@ import yaml
 from cryptography import x509
 from kubernetes_testbed import ApiServer, tool
 from test_guide import commands
+from test_refusals import PLACED, UNFIT, WRONG, assert_named, at, write
+from test_serve_config import merged
 
 from expertmesh.api_keys import admits, parse
 from tools.chart.helm import CHART
@@ -82,12 +87,12 @@ def test_install_upgrade_roll_back_uninstall(release: Release) -> None:
     assert "helm -n" in said
     first = release.get("rayservice", NAME)
     assert yaml.safe_load(first["spec"]["serveConfigV2"])["applications"]
-    secrets = {name: release.get("secret", f"{NAME}-{name}")["data"] for name in ("ray-auth", "api-keys", "tls")}
+    made = {name: release.get("secret", f"{NAME}-{name}")["data"] for name in ("ray-auth", "api-keys", "tls")}
     before = release.manifest()
 
     release.upgrade("--set", "cluster.groups[0].max_replicas=5")
     second = release.get("rayservice", NAME)
-    assert {name: release.get("secret", f"{NAME}-{name}")["data"] for name in secrets} == secrets
+    assert {name: release.get("secret", f"{NAME}-{name}")["data"] for name in made} == made
     assert changed_lines(before, release.manifest()) == ["-          max_replicas: 2", "+          max_replicas: 5"]
     assert without_serve_config(first) == without_serve_config(second)
 
@@ -160,6 +165,72 @@ def test_a_typo_is_refused_and_nothing_is_installed(release: Release) -> None:
     assert "at '/cluster/groups/0': additional properties 'max_replica' not allowed" in done.stderr
     assert release.server.helm("list", "-n", release.namespace, "-q").strip() == ""
     assert release.names("rayservice") == []
+
+
+@pytest.fixture(scope="module")
+def standing(api_server: ApiServer, chart: Path) -> Release:
+    """An installed one, which nobody may change."""
+    name = f"standing-{secrets.token_hex(4)}"
+    api_server.kubectl("create", "namespace", name)
+    made = Release(api_server, name, chart)
+    made.install()
+    return made
+
+
+def versions(release: Release) -> dict[tuple[str, str], str]:
+    """Of all objects, which change with every write, and of Helm's own record among the Secrets."""
+    kinds = "rayservice,role,rolebinding,networkpolicy,job,secret,configmap,serviceaccount,pvc,pod,deployment"
+    listed = json.loads(release.server.kubectl("get", kinds, "-n", release.namespace, "-o", "json"))["items"]
+    return {(one["kind"], one["metadata"]["name"]): one["metadata"]["resourceVersion"] for one in listed}
+
+
+MISTAKES = {
+    "top level": ("expertPool",),
+    "nested": ("cluster", "groups", 0, "max_replica"),
+    "vLLM's": ("cluster", "engine", "kwargs", "tensor_parallel_sise"),
+    "type": ("expertPools", 0, "minReplicas"),
+    "range": ("cluster", "server", "http_port"),
+    "in a list": ("router", "tolerations", 0, "operator"),
+    "Kubernetes' own": ("router", "affinity", "nodeAffinty"),
+}
+
+
+@pytest.mark.parametrize("path", MISTAKES.values(), ids=MISTAKES)
+def test_a_wrong_value_leaves_a_release_as_it_is(
+    standing: Release, tmp_path: Path, path: tuple[str | int, ...]
+) -> None:
+    """Nor is it installed; the message has its path."""
+    values = merged(CPU)
+    values["router"] |= copy.deepcopy(PLACED)
+    at(values, path[:-1])[path[-1]] = dict(WRONG)[path]
+    for said in refused(standing, "-f", str(write(tmp_path, values))):
+        assert_named(path, said)
+
+
+DO_NOT_FIT = ("cluster.groups[0].min_replicas", "expertPools[0].name", "pods.drainSeconds", "tls.mode")
+
+
+@pytest.mark.parametrize("key", DO_NOT_FIT)
+def test_values_that_do_not_fit_leave_a_release_as_it_is(standing: Release, key: str) -> None:
+    settings, message = next((settings, message) for settings, message in UNFIT if key in settings)
+    given = [part for setting, value in settings.items() for part in ("--set", f"{setting}={value}")]
+    for said in refused(standing, *given):
+        assert message in said.replace('\\"', '"')
+
+
+def refused(standing: Release, *arguments: str) -> list[str]:
+    """What helm says, with these values, of a new release on the server and of an upgrade, of which nothing comes."""
+    before = versions(standing)
+    assert len(before) > 10
+    said = []
+    for verb, name, more in (("install", "other", ["--dry-run=server"]), ("upgrade", "demo", [])):
+        command = (verb, name, str(standing.chart), "-n", standing.namespace, "-f", str(CPU), *OLD_SERVER)
+        with pytest.raises(AssertionError) as caught:
+            standing.server.helm(*command, *more, *arguments)
+        said.append(str(caught.value))
+    assert versions(standing) == before
+    assert [one["status"] for one in json.loads(standing.helm("history", "-o", "json"))] == ["deployed"]
+    return said
 
 
 def test_generated_secrets_hold_what_is_needed(release: Release) -> None:
@@ -258,6 +329,42 @@ def test_accounts_may_do_what_they_need_and_nothing_more(release: Release) -> No
     assert asked > 400
 
 
+def test_all_that_accounts_may_do_is_in_the_table(release: Release) -> None:
+    """What `kubectl auth can-i --list` shows, of kinds and verbs that nobody thought of too; but for what every account
+    may do, as one without any binding shows."""
+    release.install("--set", "rebalancer.enabled=true")
+    release.server.kubectl("create", "serviceaccount", "nobody", "-n", release.namespace)
+    everyone = rules(release, "nobody")
+    reviews = ("selfsubjectaccessreviews", "selfsubjectrulesreviews")
+    assert {rule for rule in everyone if not rule.startswith("/")} == {
+        f"create {review}.authorization.k8s.io" for review in reviews
+    }
+    for account, may in MAY.items():
+        wanted = {f"{verb} {resource}" for resource, verbs in may.items() for verb in verbs}
+        assert rules(release, account) - everyone == wanted, account
+        assert everyone <= rules(release, account)
+    assert set(MAY) == {*release.names("serviceaccount")} - {"nobody", "default"}, "no account is forgotten"
+
+
+def rules(release: Release, account: str) -> set[str]:
+    """`verb resource.group/name`, and `/path: verb` of what is no resource, as the account itself is told."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": release.namespace},
+    }
+    answer = ask(release.server, review, as_account=(release.namespace, account))["status"]
+    assert not answer["incomplete"]
+    found = set()
+    for rule in answer["resourceRules"]:
+        groups, names = rule.get("apiGroups", [""]), rule.get("resourceNames") or [""]
+        for verb, resource, group, name in itertools.product(rule["verbs"], rule["resources"], groups, names):
+            found.add(f"{verb} {resource}{group and f'.{group}'}{name and f'/{name}'}")
+    for rule in answer["nonResourceRules"]:
+        found |= {f"{path}: {verb}" for path in rule["nonResourceURLs"] for verb in rule["verbs"]}
+    return found
+
+
 def can(release: Release, account: str, verb: str, resource: str, namespace: str) -> bool:
     """What `kubectl auth can-i` asks, in one request each."""
     plural, _, rest = resource.partition("/")
@@ -265,8 +372,7 @@ def can(release: Release, account: str, verb: str, resource: str, namespace: str
     attributes = {"verb": verb, "resource": plural, "group": group, "namespace": namespace}
     if rest:
         attributes |= {"subresource": rest} if plural == "pods" else {"name": rest}
-    user = f"system:serviceaccount:{release.namespace}:{account}"
-    groups = ["system:serviceaccounts", f"system:serviceaccounts:{release.namespace}", "system:authenticated"]
+    user, groups = identity(release.namespace, account)
     review = {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SubjectAccessReview",
@@ -275,13 +381,23 @@ def can(release: Release, account: str, verb: str, resource: str, namespace: str
     return bool(ask(release.server, review)["status"]["allowed"])
 
 
-def ask(server: ApiServer, review: dict[str, Any]) -> Any:
+def identity(namespace: str, account: str) -> tuple[str, list[str]]:
+    """User and groups, as the API server takes an account's token for."""
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"]
+    return f"system:serviceaccount:{namespace}:{account}", groups
+
+
+def ask(server: ApiServer, review: dict[str, Any], as_account: tuple[str, str] | None = None) -> Any:
+    """As admin, or as an account (namespace, name) that admin impersonates."""
     import httpx
 
     config = yaml.safe_load(server.kubeconfig.read_text())
     token = next(user["user"]["token"] for user in config["users"] if user["name"] == "admin")
-    headers = {"Authorization": f"Bearer {token}"}
-    url = f"{server.url}/apis/authorization.k8s.io/v1/subjectaccessreviews"
+    headers = [("Authorization", f"Bearer {token}")]
+    if as_account is not None:
+        user, groups = identity(*as_account)
+        headers += [("Impersonate-User", user), *(("Impersonate-Group", group) for group in groups)]
+    url = f"{server.url}/apis/authorization.k8s.io/v1/{review['kind'].lower()}s"
     answer = httpx.post(url, json=review, headers=headers, verify=False, trust_env=False)
     assert answer.status_code == 201, answer.text
     return answer.json()

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from kuberay_stand_in import RayServiceObject, admin
 from kubernetes_testbed import ApiServer, api_server, namespace
-from stand_in import RayServiceObject, admin
 
 from expertmesh.kubernetes.ray_services import RayServices
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import grpc
 import pytest
+from kuberay_stand_in import NAME, RayServiceObject
 from kubernetes_testbed import ApiServer
 from mesh import running_directory
 from serve_configs import FINGERPRINT, manifest
-from stand_in import NAME, RayServiceObject
 
 from expertmesh.directory.client import METADATA
 from expertmesh.errors import ClusterError

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
+from kuberay_stand_in import RayServiceObject, admin
 from kubernetes import client
 from kubernetes_testbed import ApiServer
 from mesh import running_directory
 from serve_configs import manifest
-from stand_in import RayServiceObject, admin
 from test_changes import BEFORE, QUICK, announce
 from test_ray_services import with_token
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-from urllib.parse import parse_qs, urlparse
 
 import pytest
+from kuberay_stand_in import CLUSTER
 from kubernetes.client import ApiClient, Configuration
+from pods_api import NAMESPACE, PodsApi, pod
 from serve_configs import serve_text
 
 from expertmesh.errors import ClusterError, ConfigError
@@ -19,9 +17,8 @@ from expertmesh.kubernetes.pods import Pods, chosen, merged, pool_of, role_of
 from expertmesh.kubernetes.report import ABSENT, make_report
 from expertmesh.kubernetes.service import ApplicationStatus, Service
 
-CLUSTER = "mesh-abcde"
 SERVICE = Service(
-    namespace="test",
+    namespace=NAMESPACE,
     name="mesh",
     resource_version="1",
     generation=2,
@@ -36,68 +33,11 @@ SERVICE = Service(
 )
 
 
-def pod(name: str, pool: str, *, ready: bool = True, going: bool = False, **labels: str) -> dict[str, Any]:
-    """As KubeRay labels it."""
-    kind = {"ray.io/node-type": "head"} if pool == "" else {"ray.io/node-type": "worker", "ray.io/group": pool}
-    gone = {"deletionTimestamp": "2026-01-01T00:00:00Z"} if going else {}
-    return {
-        "metadata": {"name": name, "labels": {"ray.io/cluster": CLUSTER, **kind, **labels}, **gone},
-        "spec": {"nodeName": "node-1", "containers": [{"name": "ray"}, {"name": "sidecar"}]},
-        "status": {
-            "phase": "Running",
-            "conditions": [{"type": "Ready", "status": str(ready)}],
-            "containerStatuses": [
-                {"name": one, "restartCount": 1, "ready": ready, "image": "i", "imageID": "i"} for one in "ab"
-            ],
-        },
-    }
-
-
-class Api:
-    """Pods and logs of one namespace."""
-
-    def __init__(self) -> None:
-        self.pods: list[dict[str, Any]] = []
-        self.logs: dict[str, str] = {}
-        self.asked: list[tuple[str, dict[str, list[str]]]] = []
-
-    def answer(self, path: str) -> tuple[int, str]:
-        parsed = urlparse(path)
-        self.asked.append((parsed.path, parse_qs(parsed.query)))
-        if parsed.path == "/api/v1/namespaces/test/pods":
-            return 200, json.dumps({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": self.pods})
-        name = parsed.path.split("/")[-2]
-        if name in self.logs:
-            return 200, self.logs[name]
-        return 403, json.dumps({"kind": "Status", "code": 403, "message": f"pods {name} is forbidden"})
-
-
 @pytest.fixture
-def api() -> Iterator[tuple[Api, Pods]]:
-    made = Api()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            code, text = made.answer(self.path)
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json" if text.startswith("{") else "text/plain")
-            self.send_header("Content-Length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, format: str, *args: Any) -> None:
-            return
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    configuration = Configuration(host=f"http://127.0.0.1:{server.server_port}")
-    try:
-        yield made, Pods(Connection(ApiClient(configuration), "test"))
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def api() -> Iterator[tuple[PodsApi, Pods]]:
+    made = PodsApi()
+    with made.serving() as url:
+        yield made, Pods(Connection(ApiClient(Configuration(host=url)), NAMESPACE))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +54,7 @@ def test_roles(labels: dict[str, str], role: str) -> None:
     assert role_of(labels) == role
 
 
-def test_pods_are_those_of_the_clusters_in_order(api: tuple[Api, Pods]) -> None:
+def test_pods_are_those_of_the_clusters_in_order(api: tuple[PodsApi, Pods]) -> None:
     made, pods = api
     made.pods = [
         pod("e-2", "experts", ready=False),
@@ -141,7 +81,7 @@ def test_pods_are_those_of_the_clusters_in_order(api: tuple[Api, Pods]) -> None:
     assert len(made.asked) == 2
 
 
-def test_whose_logs(api: tuple[Api, Pods]) -> None:
+def test_whose_logs(api: tuple[PodsApi, Pods]) -> None:
     made, pods = api
     made.pods = [pod("h", ""), pod("e-1", "experts"), pod("o-1", "others")]
     found = pods.of(SERVICE)
@@ -156,7 +96,7 @@ def test_whose_logs(api: tuple[Api, Pods]) -> None:
         chosen(found, SERVICE, "experts", "hto")
 
 
-def test_lines_of_several_pods(api: tuple[Api, Pods]) -> None:
+def test_lines_of_several_pods(api: tuple[PodsApi, Pods]) -> None:
     made, pods = api
     made.pods = [pod("e-1", "experts"), pod("e-2", "experts"), pod("e-3", "experts")]
     made.logs = {"e-1": "one\ntwo\n", "e-2": ""}
@@ -173,7 +113,22 @@ def test_lines_of_several_pods(api: tuple[Api, Pods]) -> None:
         list(merged({"e-3": pods.lines(found[2], follow=False, tail=None)}, problems.append))
 
 
-def test_the_report(api: tuple[Api, Pods]) -> None:
+def test_a_source_that_breaks_otherwise_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = threading.Event()
+    monkeypatch.setattr(threading, "excepthook", lambda _: told.set())
+
+    def broken() -> Iterator[str]:
+        yield "one"
+        raise ValueError("not foreseen")
+
+    problems: list[str] = []
+    sources = {"a": broken(), "b": iter(["two"])}
+    assert sorted(merged(sources, problems.append)) == [("a", "one"), ("b", "two")]
+    assert problems == ["a: not read to its end"]
+    assert told.wait(10), "as any exception of a thread"
+
+
+def test_the_report(api: tuple[PodsApi, Pods]) -> None:
     made, pods = api
     made.pods = [pod("e-1", "experts")]
     report = make_report(SERVICE, pods.of(SERVICE), ["router", "experts-hot", "experts-cold"], {"hot": 2})

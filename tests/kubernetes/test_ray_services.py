@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from broken_line import Line
+from kuberay_stand_in import NAME, RayServiceObject, account, admin, rule
 from kubernetes import client
 from kubernetes_testbed import ApiServer
-from stand_in import NAME, RayServiceObject, account, admin, rule
 
 from expertmesh.errors import ClusterError, ConfigError
 from expertmesh.kubernetes.bounds import Bounds

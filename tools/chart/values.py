@@ -14,7 +14,9 @@ ObjectName = Annotated[str, pydantic.Field(pattern=NAME)]
 """Of a Kubernetes object."""
 OptionalName = Annotated[str, pydantic.Field(pattern=rf"^$|{NAME}")]
 Quantity = Annotated[str, pydantic.Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")]
-AbsolutePath = Annotated[str, pydantic.Field(pattern=r"^/[^\s]*[^/\s]$")]
+_PART = r"\.?[A-Za-z0-9_@%+=~-][A-Za-z0-9._@%+=~-]*"
+AbsolutePath = Annotated[str, pydantic.Field(pattern=rf"^(/{_PART})+$")]
+"""Without `//`, `/./` and `/../`, by which it would be another path than it looks."""
 Count = Annotated[int, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=1024, le=65535)]
 Seconds = Annotated[int, pydantic.Field(ge=1, le=86400)]

@@ -136,11 +136,31 @@
 {{- if and $group.emulated (gt (float64 $group.num_gpus) 0.0) -}}
 {{- include "expertmesh.refuse" (printf "%s: emulated is for CPUs, num_gpus is %v" $where $group.num_gpus) -}}
 {{- end -}}
+{{- include "expertmesh.checkExperts" (list (printf "%s.experts" $where) $group.experts) -}}
 {{- range $name, $amount := $group.resources -}}
 {{- if not (hasKey $pools $name) -}}
 {{- include "expertmesh.refuse" (printf "%s.resources: there is no pool %q; expertPools has: %s" $where $name (keys $pools | sortAlpha | join ", " | default "none")) -}}
 {{- end -}}
 {{- include "expertmesh.checkRoom" (list $where $name $group (get $pools $name) 0.0) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Takes (where, experts as written): what `expertmesh.experts.parse_indices` asks beyond the schema. */}}
+{{- define "expertmesh.checkExperts" -}}
+{{- $where := index . 0 -}}
+{{- $written := list -}}
+{{- if kindIs "map" (index . 1) -}}
+{{- range $layers, $experts := index . 1 -}}
+{{- $written = concat $written (list $layers (toString $experts)) -}}
+{{- end -}}
+{{- else -}}
+{{- $written = list (toString (index . 1)) -}}
+{{- end -}}
+{{- range $part := splitList "," (join "," $written) -}}
+{{- $ends := splitList "-" (trim $part) -}}
+{{- if or (gt (float64 (first $ends)) (float64 (last $ends))) (gt (float64 (last $ends)) 1048575.0) -}}
+{{- include "expertmesh.refuse" (printf "%s: %q is not an ascending range of indices below 2^20" $where (trim $part)) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

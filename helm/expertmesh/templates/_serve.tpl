@@ -52,7 +52,7 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 {{- $_ := set $deployment "name" "ExpertReplica" -}}
 {{- $_ := set $deployment "ray_actor_options" $resources -}}
 {{- $given := $root.Values.cluster.scaling -}}
-{{- if $group.scaling -}}
+{{- if not (kindIs "invalid" $group.scaling) -}}
 {{- $given = $group.scaling -}}
 {{- end -}}
 {{- $targets := include "expertmesh.over" (list $defaults.scaling $given) | fromJson -}}
@@ -63,7 +63,9 @@ stand under `deployments`, where a change restarts nothing; args hold the rest, 
 
 {{- define "expertmesh.routerApplication" -}}
 {{- $defaults := include "expertmesh.defaults" . | fromJson -}}
-{{- $engine := include "expertmesh.over" (list $defaults.engine .Values.cluster.engine) | fromJson -}}
+{{- /* values.yaml has the key, and where null is given for it, Helm takes it away */}}
+{{- $never := dict "dbo_token_threshold" nil -}}
+{{- $engine := include "expertmesh.over" (list $defaults.engine $never .Values.cluster.engine) | fromJson -}}
 {{- $bounds := dict "min_replicas" (int64 $engine.min_replicas) "max_replicas" (int64 $engine.max_replicas) -}}
 {{- $keys := ternary "/etc/expertmesh/api-keys/keys" nil .Values.apiKeys.enabled -}}
 {{- $args := dict

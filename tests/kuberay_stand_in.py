@@ -25,6 +25,16 @@ def admin(server: ApiServer, namespace: str) -> Connection:
     return connect(server.kubeconfig, "admin", namespace)
 
 
+def ray_service_body(name: str, text: str) -> dict[str, Any]:
+    """With pools `router` and `experts`, as its owner writes it."""
+    containers = [{"name": "ray", "image": "ray"}]
+    pods = {"rayStartParams": {}, "template": {"spec": {"containers": containers}}}
+    counts = {"replicas": 1, "minReplicas": 1, "maxReplicas": 2}
+    workers = [{"groupName": pool, **counts, **pods} for pool in ("router", "experts")]
+    spec = {"serveConfigV2": text, "rayClusterConfig": {"headGroupSpec": pods, "workerGroupSpecs": workers}}
+    return {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": name}, "spec": spec}
+
+
 class RayServiceObject:
     """One RayService on the API server, written as its owner, as others and as its operator would."""
 
@@ -35,15 +45,7 @@ class RayServiceObject:
         self._at = {**KIND, "namespace": connection.namespace}
 
     def create(self, text: str | None = None) -> None:
-        containers = [{"name": "ray", "image": "ray"}]
-        pods = {"rayStartParams": {}, "template": {"spec": {"containers": containers}}}
-        counts = {"replicas": 1, "minReplicas": 1, "maxReplicas": 2}
-        workers = [{"groupName": pool, **counts, **pods} for pool in ("router", "experts")]
-        spec = {
-            "serveConfigV2": serve_text() if text is None else text,
-            "rayClusterConfig": {"headGroupSpec": pods, "workerGroupSpecs": workers},
-        }
-        body = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": self.name}, "spec": spec}
+        body = ray_service_body(self.name, serve_text() if text is None else text)
         self._api.create_namespaced_custom_object(**self._at, body=body)
 
     def get(self) -> Any:
@@ -116,6 +118,28 @@ class RayServiceObject:
             time.sleep(leaving_s)
             told = {name: "DEPLOY_FAILED" if failing and failing in name else "RUNNING" for name in wanted}
             self.report(told)
+
+
+class PodObject:
+    """A pod of CLUSTER as KubeRay labels it, on an API server where nothing runs it; without a pool it is the head."""
+
+    def __init__(self, connection: Connection, name: str, pool: str = "", node: str | None = None) -> None:
+        self.name, self.pool, self.node = name, pool, node
+        self._namespace = connection.namespace
+        self._api = client.CoreV1Api(connection.api)
+
+    def create(self) -> None:
+        kind = {"ray.io/node-type": "worker", "ray.io/group": self.pool} if self.pool else {"ray.io/node-type": "head"}
+        spec = {"nodeName": self.node, "containers": [{"name": "ray", "image": "ray"}]}
+        metadata = {"name": self.name, "labels": {"ray.io/cluster": CLUSTER, **kind}}
+        self._api.create_namespaced_pod(self._namespace, {"metadata": metadata, "spec": spec})
+
+    def report(self, phase: str, *, ready: bool, restarts: int) -> None:
+        """Writes the status as a kubelet does."""
+        container = {"name": "ray", "restartCount": restarts, "ready": ready, "image": "ray", "imageID": "ray"}
+        conditions = [{"type": "Ready", "status": str(ready)}]
+        status = {"phase": phase, "conditions": conditions, "containerStatuses": [container]}
+        self._api.patch_namespaced_pod_status(self.name, self._namespace, {"status": status})
 
 
 def account(server: ApiServer, namespace: str, rules: list[dict[str, Any]]) -> str:
