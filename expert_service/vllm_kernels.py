@@ -17,14 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from expert_service.packing import TILE, Layout, pack_tiles
 from expertmesh.artifact.experts import ExpertWeights
 from expertmesh.artifact.function import SWIGLU_CLAMPED
 from expertmesh.artifact.manifest import ExpertFunction, Manifest
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT = 32
-"""Hidden and intermediate sizes are whole tiles of this many elements."""
 MAX_ELEMENTS = 2**31 - 1
 """The kernels count in 32 bits: elements of a layer's weights, and bytes of its buffers."""
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", SWIGLU_CLAMPED: "swigluoai"}
@@ -37,21 +36,11 @@ _scratch = threading.Lock()
 """vLLM's own kernel has one scratch buffer per process, whoever calls."""
 
 
-class Kernels(Protocol):
+class Kernels(Layout, Protocol):
     """A layer's experts in one call, in the form for one instruction set and activation.
 
     A row's sum is the same bits whatever else is in the batch.
     """
-
-    @property
-    def interleaved(self) -> bool:
-        """Whether gate and up rows take turns, instead of all gate rows above all up rows."""
-        ...
-
-    @property
-    def bias_dtype(self) -> torch.dtype | None:
-        """None: the weights' type."""
-        ...
 
     @property
     def by_pair(self) -> bool:
@@ -64,10 +53,6 @@ class Kernels(Protocol):
 
         That is its share of summing up pairs where `by_pair`; otherwise, of reading its weights a second time.
         """
-        ...
-
-    def pack(self, weight: Tensor, packed: Tensor) -> None:
-        """weight [out, in] of one expert into the kernel's layout: `packed`, of the same shape."""
         ...
 
     def run(self, output: Tensor, x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor) -> None:
@@ -126,9 +111,8 @@ class FusedExperts:
         return self.clamp is not None
 
     def pack(self, weight: Tensor, packed: Tensor) -> None:
-        # what convert_weight_packed does, without memory of its own: [out / 32, in / 2, 32] pairs of elements
-        tiles = weight.contiguous().view(torch.int32).view(-1, ALIGNMENT, weight.shape[1] // 2).transpose(1, 2)
-        packed.view(torch.int32).view(tiles.shape).copy_(tiles)
+        # what convert_weight_packed does, without memory of its own
+        pack_tiles(weight, packed)
 
     def run(self, output: Tensor, x: Tensor, weights: ExpertWeights, topk_ids: Tensor, topk_weights: Tensor) -> None:
         alpha, limit = self.clamp or (None, None)
@@ -141,11 +125,11 @@ class FusedExperts:
 def find_kernels(manifest: Manifest, most_experts: int) -> Kernels | None:
     """The fastest that compute these experts on this machine, or None. most_experts: held of one layer."""
     sizes = manifest.hidden_size, manifest.intermediate_size
-    if not manifest.expert_function.gated or any(size % ALIGNMENT for size in sizes):
+    if not manifest.expert_function.gated or any(size % TILE for size in sizes):
         return None
     if most_experts * 2 * sizes[0] * sizes[1] > MAX_ELEMENTS or not _load_library():
         return None
-    amx = manifest.dtype == "bfloat16" and _has_amx()
+    amx = manifest.dtype == "bfloat16" and has_amx()
     return (None if amx else _fused_experts(manifest)) or _fused_moe(manifest.expert_function, amx)
 
 
@@ -179,7 +163,7 @@ def _fused_moe(function: ExpertFunction, amx: bool) -> FusedMoe | None:
 
 
 @cache
-def _has_amx() -> bool:
+def has_amx() -> bool:
     """Asks the system for AMX too: without its permission, the first tile instruction ends the process."""
     return bool(torch.cpu._is_amx_tile_supported()) and bool(torch._C._cpu._init_amx())
 

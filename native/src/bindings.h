@@ -6,3 +6,4 @@
 void bind_client(nanobind::module_& module);
 void bind_server(nanobind::module_& module);
 void bind_topk(nanobind::module_& module);
+void bind_experts(nanobind::module_& module);

@@ -14,4 +14,5 @@ NB_MODULE(_core, module) {
   bind_client(module);
   bind_server(module);
   bind_topk(module);
+  bind_experts(module);
 }

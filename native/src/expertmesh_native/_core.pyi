@@ -161,3 +161,18 @@ def sum_pairs(
     num_rows: int,
     sums_address: int,
 ) -> None: ...
+def can_compute_experts() -> bool: ...
+def compute_experts(
+    gate_up_address: int,
+    down_address: int,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    x_address: int,
+    num_rows: int,
+    rows: NDArray[numpy.int32],
+    experts: NDArray[numpy.int32],
+    weights: NDArray[numpy.float32],
+    slots: NDArray[numpy.int32],
+    sums_address: int,
+) -> None: ...

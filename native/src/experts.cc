@@ -1,0 +1,232 @@
+#include "experts.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EXPERTMESH_AVX512_BF16
+#include <immintrin.h>
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define INLINE __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512bf16"))) inline
+#endif
+
+namespace expertmesh::experts {
+
+#ifndef EXPERTMESH_AVX512_BF16
+
+bool supported() { return false; }
+void compute(const Layer&, const uint16_t*, size_t, const Pairs&, uint16_t*) {
+  throw std::runtime_error("no experts are computed on this machine");
+}
+
+#else
+
+namespace {
+
+constexpr size_t kTile = 32;
+/// Rows of one expert that are computed at a time: their sums fill half of the registers.
+constexpr int kRows = 8;
+/// Steps of a tile that memory is asked ahead. With fewer rows than kAhead the kernel waits for memory anyway, and what
+/// the processor asks ahead by itself is enough.
+constexpr size_t kSteps = 64;
+constexpr int kAhead = 5;
+/// Pairs of one pass, which bounds its scratch.
+constexpr size_t kPassPairs = 4096;
+
+/// The pairs of some rows, in the order of their experts.
+struct Pass {
+  std::vector<const uint16_t*> inputs;  // of each pair
+  std::vector<float> weights;
+  std::vector<size_t> starts;       // [experts + 1]
+  std::vector<uint16_t> activated;  // [pairs, intermediate]
+  std::vector<uint16_t> outputs;    // [pairs, hidden]
+};
+
+/// exp(x) after Cephes' expf: its relative error is 2e-7, far below bf16's.
+INLINE __m512 exponential(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.3f)), _mm512_set1_ps(88.0f));
+  const __m512 powers = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 rest = _mm512_fnmadd_ps(powers, _mm512_set1_ps(0.693359375f), x);
+  rest = _mm512_fnmadd_ps(powers, _mm512_set1_ps(-2.12194440e-4f), rest);
+  __m512 sum = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(next));
+  sum = _mm512_fmadd_ps(sum, _mm512_mul_ps(rest, rest), _mm512_add_ps(rest, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(sum, powers);
+}
+
+INLINE __m512 silu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+INLINE void store(uint16_t* to, __m512 low, __m512 high) {
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+
+/// sums [M, 32] = inputs [M, 2 * steps] times one tile; asks memory for what follows where `kAsk`, also into `next`, the
+/// tile after this one.
+template <int M, bool kAsk>
+INLINE void multiply(const uint16_t* const* inputs, const uint16_t* tile, size_t steps, const uint16_t* next,
+                     __m512 (&sums)[M][2]) {
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+  const size_t ahead = std::min(kSteps, steps);
+  const uint16_t* asked = tile + 2 * kTile * ahead;
+  for (size_t step = 0; step < steps; ++step) {
+    if (kAsk) {
+      if (step == steps - ahead) asked = next;
+      _mm_prefetch(asked, _MM_HINT_T1);
+      _mm_prefetch(asked + kTile, _MM_HINT_T1);
+      asked += 2 * kTile;
+    }
+    const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(tile + 2 * kTile * step));
+    const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(tile + 2 * kTile * step + kTile));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      int32_t two;
+      std::memcpy(&two, inputs[m] + 2 * step, sizeof two);
+      const auto input = reinterpret_cast<__m512bh>(_mm512_set1_epi32(two));
+      sums[m][0] = _mm512_dpbf16_ps(sums[m][0], low, input);
+      sums[m][1] = _mm512_dpbf16_ps(sums[m][1], high, input);
+    }
+  }
+}
+
+/// What an expert's tile of gate rows, and that of up rows, makes of M rows.
+template <int M, bool kAsk>
+TARGET void activate(const uint16_t* const* inputs, const uint16_t* gate, const uint16_t* up, const uint16_t* next,
+                     size_t steps, uint16_t* activated, size_t width) {
+  __m512 gates[M][2], ups[M][2];
+  multiply<M, kAsk>(inputs, gate, steps, up, gates);
+  multiply<M, kAsk>(inputs, up, steps, next, ups);
+  for (int m = 0; m < M; ++m) {
+    store(activated + m * width, _mm512_mul_ps(silu(gates[m][0]), ups[m][0]),
+          _mm512_mul_ps(silu(gates[m][1]), ups[m][1]));
+  }
+}
+
+template <int M, bool kAsk>
+TARGET void project(const uint16_t* const* inputs, const uint16_t* tile, const uint16_t* next, size_t steps,
+                    const float* weights, uint16_t* outputs, size_t width) {
+  __m512 sums[M][2];
+  multiply<M, kAsk>(inputs, tile, steps, next, sums);
+  for (int m = 0; m < M; ++m) {
+    const __m512 weight = _mm512_set1_ps(weights[m]);
+    store(outputs + m * width, _mm512_mul_ps(sums[m][0], weight), _mm512_mul_ps(sums[m][1], weight));
+  }
+}
+
+using Activate = decltype(&activate<1, false>);
+using Project = decltype(&project<1, false>);
+#define EACH(FUNCTION, ASK) \
+  {FUNCTION<1, ASK>, FUNCTION<2, ASK>, FUNCTION<3, ASK>, FUNCTION<4, ASK>, \
+   FUNCTION<5, ASK>, FUNCTION<6, ASK>, FUNCTION<7, ASK>, FUNCTION<8, ASK>}
+constexpr Activate kActivate[2][kRows] = {EACH(activate, false), EACH(activate, true)};
+constexpr Project kProject[2][kRows] = {EACH(project, false), EACH(project, true)};
+
+/// Pairs [first, last) are of one expert. Tile by tile, all of its rows: the first of them bring the tile into the cache.
+void run_expert(const Layer& layer, size_t slot, size_t first, size_t last, Pass& pass) {
+  const size_t hidden = layer.hidden, inner = layer.intermediate, pairs = last - first;
+  const size_t parts = (pairs + kRows - 1) / kRows;
+  const bool ask = pairs >= kAhead;
+  const uint16_t* gates = layer.gate_up + slot * 2 * inner * hidden;
+  const uint16_t* ups = gates + inner * hidden;
+  const uint16_t* downs = layer.down + slot * hidden * inner;
+  for (size_t column = 0; column < inner; column += kTile) {
+    const uint16_t* next = column + kTile < inner ? gates + (column + kTile) * hidden : downs;
+    for (size_t part = 0; part < parts; ++part) {
+      const size_t from = first + pairs * part / parts, to = first + pairs * (part + 1) / parts;
+      kActivate[ask && part == 0][to - from - 1](&pass.inputs[from], gates + column * hidden, ups + column * hidden,
+                                                 next, hidden / 2, &pass.activated[from * inner + column], inner);
+    }
+  }
+  const uint16_t* inputs[kRows];
+  for (size_t column = 0; column < hidden; column += kTile) {
+    const uint16_t* tile = downs + column * inner;
+    for (size_t part = 0; part < parts; ++part) {
+      const size_t from = first + pairs * part / parts, to = first + pairs * (part + 1) / parts;
+      for (size_t pair = from; pair < to; ++pair) inputs[pair - from] = &pass.activated[pair * inner];
+      kProject[ask && part == 0][to - from - 1](inputs, tile, tile + kTile * inner, inner / 2, &pass.weights[from],
+                                                &pass.outputs[from * hidden + column], hidden);
+    }
+  }
+}
+
+/// sum [width] of `count` outputs, which stand at `places`.
+TARGET void add_up(const uint16_t* outputs, const size_t* places, size_t count, size_t width, uint16_t* sum) {
+  for (size_t column = 0; column < width; column += kTile) {
+    __m512 low = _mm512_setzero_ps(), high = low;
+    for (size_t one = 0; one < count; ++one) {
+      const uint16_t* output = outputs + places[one] * width + column;
+      const __m512i first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(output)));
+      const __m512i second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(output + 16)));
+      low = _mm512_add_ps(low, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16)));
+      high = _mm512_add_ps(high, _mm512_castsi512_ps(_mm512_slli_epi32(second, 16)));
+    }
+    store(sum + column, low, high);
+  }
+}
+
+}  // namespace
+
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
+
+void compute(const Layer& layer, const uint16_t* x, size_t rows, const Pairs& pairs, uint16_t* sums) {
+  static thread_local Pass pass;
+  // by row, and of each row by slot
+  std::vector<size_t> row_starts(rows + 1, 0), slot_ends(layer.experts + 1, 0);
+  for (size_t pair = 0; pair < pairs.count; ++pair) {
+    const auto row = static_cast<size_t>(pairs.rows[pair]), expert = static_cast<size_t>(pairs.experts[pair]);
+    const auto slot = expert < pairs.num_slots ? static_cast<size_t>(pairs.slots[expert]) : layer.experts;
+    if (row >= rows || slot >= layer.experts) {
+      throw std::out_of_range("a pair names a row that is not there, or an expert that is not held");
+    }
+    ++row_starts[row + 1];
+    ++slot_ends[slot + 1];
+  }
+  for (size_t row = 0; row < rows; ++row) row_starts[row + 1] += row_starts[row];
+  for (size_t slot = 0; slot < layer.experts; ++slot) slot_ends[slot + 1] += slot_ends[slot];
+  std::vector<size_t> by_slot(pairs.count), by_row(pairs.count), places(pairs.count);
+  for (size_t pair = 0; pair < pairs.count; ++pair) by_slot[slot_ends[pairs.slots[pairs.experts[pair]]]++] = pair;
+  std::vector<size_t> row_ends(row_starts.begin(), row_starts.end() - 1);
+  for (const size_t pair : by_slot) by_row[row_ends[pairs.rows[pair]]++] = pair;
+
+  for (size_t first_row = 0, last_row; first_row < rows; first_row = last_row) {
+    const size_t first = row_starts[first_row];
+    for (last_row = first_row + 1; last_row < rows && row_starts[last_row + 1] - first <= kPassPairs; ++last_row) {
+    }
+    const size_t count = row_starts[last_row] - first;
+    pass.inputs.resize(count);
+    pass.weights.resize(count);
+    pass.activated.resize(count * layer.intermediate);
+    pass.outputs.resize(count * layer.hidden);
+    pass.starts.assign(layer.experts + 1, 0);
+    const auto slot_of = [&](size_t at) { return pairs.slots[pairs.experts[by_row[at]]]; };
+    for (size_t at = first; at < first + count; ++at) ++pass.starts[slot_of(at) + 1];
+    for (size_t slot = 0; slot < layer.experts; ++slot) pass.starts[slot + 1] += pass.starts[slot];
+    std::vector<size_t> ends(pass.starts.begin(), pass.starts.end() - 1);
+    for (size_t at = first; at < first + count; ++at) {
+      const size_t place = places[at] = ends[slot_of(at)]++;
+      pass.inputs[place] = x + pairs.rows[by_row[at]] * layer.hidden;
+      pass.weights[place] = pairs.weights[by_row[at]];
+    }
+    for (size_t slot = 0; slot < layer.experts; ++slot) {
+      if (pass.starts[slot] < pass.starts[slot + 1]) {
+        run_expert(layer, slot, pass.starts[slot], pass.starts[slot + 1], pass);
+      }
+    }
+    for (size_t row = first_row; row < last_row; ++row) {
+      add_up(pass.outputs.data(), places.data() + row_starts[row], row_starts[row + 1] - row_starts[row], layer.hidden,
+             sums + row * layer.hidden);
+    }
+  }
+}
+
+#endif
+
+}  // namespace expertmesh::experts
