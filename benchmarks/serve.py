@@ -43,7 +43,7 @@ from expertmesh.errors import ClusterError
 WORK = Path(__file__).parents[1] / ".bench" / "mixtral"
 MODEL = "mixtral"
 GROUPS = {"a": "0-3", "b": "4-7"}
-ENGINE = EngineSection(max_model_len=mixtral.MAX_LEN, kv_cache_gib=1)
+ENGINE = EngineSection(max_model_len=mixtral.MAX_LEN, kv_cache_gib=1, attention_threads=2)
 CONCURRENCIES = (1, 4, 16, 64)
 PROMPT_TOKENS, OUTPUT_TOKENS, PREFILL_TOKENS = 32, 64, 512
 READY_S = 400.0

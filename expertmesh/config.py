@@ -91,6 +91,13 @@ class EngineSection(Section):
         None,
         description="Do not compile the trunk: faster start, slower steps. Default: compiled on CPUs that have g++.",
     )
+    attention_threads: int | None = pydantic.Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Threads for attention, on CPUs, in steps of 12 tokens or more. More than num_cpus are for routers "
+        "whose replicas have the same cores: these have nothing to do meanwhile. null: as many as num_cpus.",
+    )
     dbo_token_threshold: int | None = pydantic.Field(
         256,
         ge=2,

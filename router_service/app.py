@@ -33,6 +33,9 @@ from router_service.survival import surviving
 DEPLOYMENT = "Router"
 """Ray Serve shows it as `LLMServer:Router`."""
 INGRESS = "OpenAiIngress"
+SPINS = "20000"
+"""How often OpenMP's threads look for work before they sleep: some hundred microseconds. By default they look for much
+longer, while replicas on the same cores wait."""
 CPU_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 """vLLM 0.32's CPU kernel rotates the strided heads of MLA wrongly; its PyTorch form is right."""
 EXECUTOR = "router_service.vllm_executor.InProcessExecutor"
@@ -100,6 +103,7 @@ def engine_arguments(args: RouterArgs) -> dict[str, Any]:
         directory_tls=args.tls,
         wait_for_experts_s=engine.wait_for_experts_s,
         degrade_after_s=engine.degrade_after_s,
+        attention_threads=None if engine.num_gpus else engine.attention_threads,
         checksums=engine.checksums,
         tls=args.tls,
     )
@@ -139,6 +143,7 @@ def environment(num_cpus: float, num_gpus: float) -> dict[str, str]:
     """Thread counts by resources, so that router and replicas do not fight for cores; and no look-ups in a hub."""
     threads = str(max(1, math.floor(num_cpus)))
     variables = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    variables |= {"GOMP_SPINCOUNT": SPINS}
     variables |= {"RAYLLM_VLLM_ENGINE_CLS": ENGINE, "VLLM_CONFIGURE_LOGGING": "0"}  # see vllm_logs
     return variables if num_gpus else variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 

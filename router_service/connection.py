@@ -34,6 +34,8 @@ class RouterSettings(Section):
     """Of the replicas."""
     transport: Literal["auto", "native", "python"] = "auto"
     """The native one needs the distribution expertmesh-native; auto takes it where that is installed."""
+    attention_threads: int | None = None
+    """On CPUs; None: as many as the rest of the model has."""
     checksums: bool = False
     """Dispatches get one, and an answer without the right one is a failure."""
 

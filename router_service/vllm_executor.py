@@ -11,8 +11,10 @@ from typing import Any
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from router_service import losses
+from router_service.connection import SETTINGS_KEY, RouterSettings
 from router_service.metrics import SUSPENSIONS
 from router_service.remote_op import dispatchers
+from router_service.vllm_attention import use_threads
 from router_service.vllm_scheduler import LACKING_ROWS
 
 WARM_UPS = ("determine_available_memory", "compile_or_warm_up_model")
@@ -21,6 +23,12 @@ WARM_UPS = ("determine_available_memory", "compile_or_warm_up_model")
 
 class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
     """The same; vLLM leaves classes given by name alone."""
+
+    def _init_executor(self) -> None:
+        settings = RouterSettings.model_validate(self.vllm_config.additional_config.get(SETTINGS_KEY, {}))
+        if settings.attention_threads is not None:
+            use_threads(settings.attention_threads)
+        super()._init_executor()
 
     def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         """Answers the front end, which asks by this way what the engine's process alone knows. In degraded mode a

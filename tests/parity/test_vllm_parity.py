@@ -50,13 +50,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "run"),
     [(family, run) for family in FAMILIES for run in (*"124", "halves")]
-    + [(family, run) for family in COMPILED for run in ("compiled", "compiled halves")],
+    + [(family, run) for family in COMPILED for run in ("compiled", "compiled halves", "threads")],
 )
 def test_greedy_tokens_and_logprobs_equal_plain_vllm(runs: dict[str, Any], family: str, run: str) -> None:
     for plain, remote in zip(runs[family]["plain"], runs[family][run], strict=True):
         assert len(plain["tokens"]) == 64
         assert remote["tokens"] == plain["tokens"]
         assert remote["logprobs"] == pytest.approx(plain["logprobs"], abs=1e-3)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", COMPILED)
+def test_attention_of_every_layer_and_step_had_two_threads(runs: dict[str, Any], family: str) -> None:
+    """Its metadata, and in each of two layers or more its KV cache and itself."""
+    assert runs[family]["threads: calls"] >= 64 * (1 + 2 * 2)
 
 
 @pytest.mark.vllm

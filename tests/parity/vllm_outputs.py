@@ -1,8 +1,8 @@
 """Run as a program: greedy outputs of checkpoints by plain vLLM, then of their artifacts with 1, 2 and 4 groups.
 
 `vllm_outputs.py FOLDER ...`, each with `checkpoint` and `artifact` inside, prints one JSON line per folder:
-{"plain", groups, "halves" or "compiled": [per prompt: {"tokens": [...], "logprobs": [...]}]}. One process, since vLLM
-takes long to start.
+{"plain", groups, "halves", "compiled" or "threads": [per prompt: {"tokens": [...], "logprobs": [...]}]}. One process,
+since vLLM takes long to start.
 """
 
 from __future__ import annotations
@@ -90,6 +90,12 @@ def compare(checkpoint: Path, artifact: Path) -> dict[str, Any]:
                     runs[name] = generate(other)
                 runs[f"{name}: splits"] = splits[0]
                 unload(other)
+            if artifact.parent.name in COMPILED:
+                with attention_in_threads(2) as threaded:
+                    other = load(artifact / TRUNK_DIRECTORY, **settings, **overlapping(2))
+                    runs["threads"] = generate(other)
+                    runs["threads: calls"] = threaded[0]
+                    unload(other)
         experts_held = [name for name, tensor in named_parameters(remote) if ".experts." in name and tensor.numel()]
         runs["experts_in_trunk"] = experts_held
         unload(remote)
@@ -109,6 +115,33 @@ def splits_counted() -> Iterator[list[int]]:
 
     with mock.patch.object(vllm_worker, "Turns", counted):
         yield count
+
+
+@contextmanager
+def attention_in_threads(count: int) -> Iterator[list[int]]:
+    """In every step, whatever its size; how many calls had so many threads meanwhile."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import _cached_get_attn_backend
+
+    from router_service import vllm_attention
+
+    calls, set_num_threads = [0], vllm_attention.set_num_threads
+
+    def counted(threads: int) -> None:
+        calls[0] += threads == count
+        set_num_threads(threads)
+
+    _cached_get_attn_backend.cache_clear()
+    vllm_attention.use_threads(count)
+    try:
+        with (
+            mock.patch.object(vllm_attention, "LEAST_TOKENS", 1),
+            mock.patch.object(vllm_attention, "set_num_threads", counted),
+        ):
+            yield calls
+    finally:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        _cached_get_attn_backend.cache_clear()
 
 
 def named_parameters(llm: Any) -> list[tuple[str, Any]]:

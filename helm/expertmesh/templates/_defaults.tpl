@@ -9,6 +9,7 @@
     "num_gpus": 0.0,
     "resources": {},
     "enforce_eager": null,
+    "attention_threads": null,
     "dbo_token_threshold": 256,
     "min_replicas": 1,
     "max_replicas": 1,
