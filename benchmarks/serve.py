@@ -182,7 +182,7 @@ def split_server(artifact: Path) -> Iterator[str]:
             given = ["--artifact", str(artifact), "--group", group, "--experts", experts, "--directory", directory]
             stack.enter_context(_printing_its_address(["-m", "expert_service", *given]))
         args = RouterArgs(artifact=str(artifact), name=MODEL, engine=ENGINE, directory=directory)
-        environment = app.environment(ENGINE.num_cpus, 0)
+        environment = app.environment(ENGINE)
         yield stack.enter_context(api_server(artifact / "trunk", app.engine_arguments(args), environment))[0]
 
 

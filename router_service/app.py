@@ -34,8 +34,8 @@ DEPLOYMENT = "Router"
 """Ray Serve shows it as `LLMServer:Router`."""
 INGRESS = "OpenAiIngress"
 SPINS = "20000"
-"""How often OpenMP's threads look for work before they sleep: some hundred microseconds. By default they look for much
-longer, while replicas on the same cores wait."""
+"""How often threads that share cores with replicas look for work before they sleep: for some hundred microseconds. By
+default OpenMP's look for much longer, while the replicas wait."""
 CPU_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 """vLLM 0.32's CPU kernel rotates the strided heads of MLA wrongly; its PyTorch form is right."""
 EXECUTOR = "router_service.vllm_executor.InProcessExecutor"
@@ -91,7 +91,7 @@ def llm_config(args: RouterArgs) -> LLMConfig:
         engine_kwargs=engine_arguments(args),
         deployment_config={"name": DEPLOYMENT, "num_replicas": 1},
         placement_group_config={"bundles": [_resources(engine.num_cpus, engine.num_gpus) | engine.resources]},
-        runtime_env={"env_vars": environment(engine.num_cpus, engine.num_gpus)},
+        runtime_env={"env_vars": environment(engine)},
     )
 
 
@@ -139,13 +139,15 @@ def _compiles(engine: EngineSection) -> bool:
     return not engine.num_gpus and shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def environment(num_cpus: float, num_gpus: float) -> dict[str, str]:
+def environment(engine: EngineSection) -> dict[str, str]:
     """Thread counts by resources, so that router and replicas do not fight for cores; and no look-ups in a hub."""
-    threads = str(max(1, math.floor(num_cpus)))
+    threads = str(max(1, math.floor(engine.num_cpus)))
     variables = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    variables |= {"GOMP_SPINCOUNT": SPINS}
     variables |= {"RAYLLM_VLLM_ENGINE_CLS": ENGINE, "VLLM_CONFIGURE_LOGGING": "0"}  # see vllm_logs
-    return variables if num_gpus else variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if engine.num_gpus:
+        return variables
+    variables |= {"GOMP_SPINCOUNT": SPINS} if engine.attention_threads else {}
+    return variables | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:

@@ -8,6 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
+from expertmesh.config import EngineSection
+from router_service.app import SPINS, environment
 from router_service.connection import SETTINGS_KEY, RouterSettings
 
 pytestmark = pytest.mark.vllm
@@ -60,3 +62,10 @@ def test_the_engines_process_uses_them_where_the_settings_say_so(threads: int | 
     assert found == [CPUAttentionBackend if threads is None else ThreadedAttentionBackend]
     assert ThreadedAttentionBackend.get_impl_cls() is ThreadedAttention
     assert ThreadedAttentionBackend.get_builder_cls() is ThreadedMetadataBuilder
+
+
+def test_threads_that_share_cores_with_replicas_soon_sleep() -> None:
+    alone, shared = EngineSection(), EngineSection(attention_threads=2)
+    assert "GOMP_SPINCOUNT" not in environment(alone)
+    assert environment(shared) == environment(alone) | {"GOMP_SPINCOUNT": SPINS}
+    assert environment(shared.model_copy(update={"num_gpus": 1.0})) == environment(EngineSection(num_gpus=1))

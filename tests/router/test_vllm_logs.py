@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from expertmesh.config import EngineSection
 from router_service.app import environment
 
 SCRIPT = """
@@ -30,7 +31,7 @@ print(serve.handlers[0].target is not None)
 @pytest.mark.parametrize(("ours", "kept"), [(True, "True"), (False, "False")], ids=["as in a router", "as vLLM does"])
 def test_serves_log_file_is_kept(ours: bool, kept: str) -> None:
     """Where vLLM no longer closes it, `vllm_logs` can go."""
-    given = environment(1, 0) if ours else {}
+    given = environment(EngineSection()) if ours else {}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=os.environ | given, capture_output=True, text=True, check=False
     )
