@@ -22,7 +22,7 @@ NATIVE_MODULE = "expertmesh_native"
 
 
 class RouterSettings(Section):
-    """How a router process finds its experts."""
+    """How a router process finds its experts, and what else its engine's process is told."""
 
     directory: str = "127.0.0.1:9000"
     directory_tls: TlsFiles | None = None

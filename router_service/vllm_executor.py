@@ -14,7 +14,6 @@ from router_service import losses
 from router_service.connection import SETTINGS_KEY, RouterSettings
 from router_service.metrics import SUSPENSIONS
 from router_service.remote_op import dispatchers
-from router_service.vllm_attention import use_threads
 from router_service.vllm_scheduler import LACKING_ROWS
 
 WARM_UPS = ("determine_available_memory", "compile_or_warm_up_model")
@@ -27,6 +26,8 @@ class InProcessExecutor(UniProcExecutor):  # type: ignore[misc]
     def _init_executor(self) -> None:
         settings = RouterSettings.model_validate(self.vllm_config.additional_config.get(SETTINGS_KEY, {}))
         if settings.attention_threads is not None:
+            from router_service.vllm_attention import use_threads  # for CPUs alone
+
             use_threads(settings.attention_threads)
         super()._init_executor()
 

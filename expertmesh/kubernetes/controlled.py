@@ -26,6 +26,7 @@ from expertmesh.v1 import directory_pb2
 from expertmesh.wire.tls import TlsFiles
 
 BEAT_S = 10.0
+"""Between two beats of a process that waits for its next look."""
 LOST = "this process leads no more"
 
 

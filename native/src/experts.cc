@@ -35,9 +35,16 @@ constexpr int kAhead = 5;
 /// Pairs of one pass, which bounds its scratch.
 constexpr size_t kPassPairs = 4096;
 
-/// The pairs of some rows, in the order of their experts.
+/// All pairs, by row, and those of a row by slot.
+struct ByRow {
+  std::vector<size_t> starts;  // [rows + 1]
+  std::vector<size_t> pairs, slots;
+};
+
+/// The pairs of some rows, by slot.
 struct Pass {
-  std::vector<const uint16_t*> inputs;  // of each pair
+  std::vector<size_t> places;           // of each pair, in the order of ByRow
+  std::vector<const uint16_t*> inputs;  // of each place
   std::vector<float> weights;
   std::vector<size_t> starts;       // [experts + 1]
   std::vector<uint16_t> activated;  // [pairs, intermediate]
@@ -66,7 +73,7 @@ INLINE void store(uint16_t* to, __m512 low, __m512 high) {
   _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
 
-/// sums [M, 32] = inputs [M, 2 * steps] times one tile; asks memory for what follows where `kAsk`, also into `next`, the
+/// sums [M, 32] = inputs [M, 2 * steps] times one tile; where `kAsk`, asks memory for what follows, also in `next`, the
 /// tile after this one.
 template <int M, bool kAsk>
 INLINE void multiply(const uint16_t* const* inputs, const uint16_t* tile, size_t steps, const uint16_t* next,
@@ -126,7 +133,8 @@ using Project = decltype(&project<1, false>);
 constexpr Activate kActivate[2][kRows] = {EACH(activate, false), EACH(activate, true)};
 constexpr Project kProject[2][kRows] = {EACH(project, false), EACH(project, true)};
 
-/// Pairs [first, last) are of one expert. Tile by tile, all of its rows: the first of them bring the tile into the cache.
+/// Pairs [first, last) are of one expert. Tile by tile, all of its rows: the first of them bring the tile into the
+/// cache.
 void run_expert(const Layer& layer, size_t slot, size_t first, size_t last, Pass& pass) {
   const size_t hidden = layer.hidden, inner = layer.intermediate, pairs = last - first;
   const size_t parts = (pairs + kRows - 1) / kRows;
@@ -169,6 +177,64 @@ TARGET void add_up(const uint16_t* outputs, const size_t* places, size_t count, 
   }
 }
 
+/// counts[i + 1] -> where i begins.
+void accumulate(std::vector<size_t>& counts) {
+  for (size_t i = 1; i < counts.size(); ++i) counts[i] += counts[i - 1];
+}
+
+ByRow sort_by_row(const Layer& layer, size_t rows, const Pairs& pairs) {
+  std::vector<size_t> slots(pairs.count), ends(layer.experts + 1, 0), by_slot(pairs.count);
+  ByRow sorted{std::vector<size_t>(rows + 1, 0), by_slot, by_slot};
+  for (size_t pair = 0; pair < pairs.count; ++pair) {
+    const auto row = static_cast<size_t>(pairs.rows[pair]), expert = static_cast<size_t>(pairs.experts[pair]);
+    slots[pair] = expert < pairs.num_slots ? static_cast<size_t>(pairs.slots[expert]) : layer.experts;
+    if (row >= rows || slots[pair] >= layer.experts) {
+      throw std::out_of_range("a pair names a row that is not there, or an expert that is not held");
+    }
+    ++sorted.starts[row + 1];
+    ++ends[slots[pair] + 1];
+  }
+  accumulate(sorted.starts);
+  accumulate(ends);
+  for (size_t pair = 0; pair < pairs.count; ++pair) by_slot[ends[slots[pair]]++] = pair;
+  ends = sorted.starts;
+  for (const size_t pair : by_slot) {
+    const size_t at = ends[pairs.rows[pair]]++;
+    sorted.pairs[at] = pair;
+    sorted.slots[at] = slots[pair];
+  }
+  return sorted;
+}
+
+/// The sums of rows [first_row, last_row).
+void run_pass(const Layer& layer, const uint16_t* x, const Pairs& pairs, const ByRow& sorted, size_t first_row,
+              size_t last_row, Pass& pass, uint16_t* sums) {
+  const size_t first = sorted.starts[first_row], count = sorted.starts[last_row] - first;
+  pass.places.resize(count);
+  pass.inputs.resize(count);
+  pass.weights.resize(count);
+  pass.activated.resize(count * layer.intermediate);
+  pass.outputs.resize(count * layer.hidden);
+  pass.starts.assign(layer.experts + 1, 0);
+  for (size_t at = 0; at < count; ++at) ++pass.starts[sorted.slots[first + at] + 1];
+  accumulate(pass.starts);
+  std::vector<size_t> ends = pass.starts;
+  for (size_t at = 0; at < count; ++at) {
+    const size_t pair = sorted.pairs[first + at], place = pass.places[at] = ends[sorted.slots[first + at]]++;
+    pass.inputs[place] = x + pairs.rows[pair] * layer.hidden;
+    pass.weights[place] = pairs.weights[pair];
+  }
+  for (size_t slot = 0; slot < layer.experts; ++slot) {
+    const size_t from = pass.starts[slot], to = pass.starts[slot + 1];
+    if (from < to) run_expert(layer, slot, from, to, pass);
+  }
+  for (size_t row = first_row; row < last_row; ++row) {
+    const size_t at = sorted.starts[row];
+    add_up(pass.outputs.data(), pass.places.data() + (at - first), sorted.starts[row + 1] - at, layer.hidden,
+           sums + row * layer.hidden);
+  }
+}
+
 }  // namespace
 
 bool supported() {
@@ -178,52 +244,11 @@ bool supported() {
 
 void compute(const Layer& layer, const uint16_t* x, size_t rows, const Pairs& pairs, uint16_t* sums) {
   static thread_local Pass pass;
-  // by row, and of each row by slot
-  std::vector<size_t> row_starts(rows + 1, 0), slot_ends(layer.experts + 1, 0);
-  for (size_t pair = 0; pair < pairs.count; ++pair) {
-    const auto row = static_cast<size_t>(pairs.rows[pair]), expert = static_cast<size_t>(pairs.experts[pair]);
-    const auto slot = expert < pairs.num_slots ? static_cast<size_t>(pairs.slots[expert]) : layer.experts;
-    if (row >= rows || slot >= layer.experts) {
-      throw std::out_of_range("a pair names a row that is not there, or an expert that is not held");
-    }
-    ++row_starts[row + 1];
-    ++slot_ends[slot + 1];
-  }
-  for (size_t row = 0; row < rows; ++row) row_starts[row + 1] += row_starts[row];
-  for (size_t slot = 0; slot < layer.experts; ++slot) slot_ends[slot + 1] += slot_ends[slot];
-  std::vector<size_t> by_slot(pairs.count), by_row(pairs.count), places(pairs.count);
-  for (size_t pair = 0; pair < pairs.count; ++pair) by_slot[slot_ends[pairs.slots[pairs.experts[pair]]]++] = pair;
-  std::vector<size_t> row_ends(row_starts.begin(), row_starts.end() - 1);
-  for (const size_t pair : by_slot) by_row[row_ends[pairs.rows[pair]]++] = pair;
-
-  for (size_t first_row = 0, last_row; first_row < rows; first_row = last_row) {
-    const size_t first = row_starts[first_row];
-    for (last_row = first_row + 1; last_row < rows && row_starts[last_row + 1] - first <= kPassPairs; ++last_row) {
-    }
-    const size_t count = row_starts[last_row] - first;
-    pass.inputs.resize(count);
-    pass.weights.resize(count);
-    pass.activated.resize(count * layer.intermediate);
-    pass.outputs.resize(count * layer.hidden);
-    pass.starts.assign(layer.experts + 1, 0);
-    const auto slot_of = [&](size_t at) { return pairs.slots[pairs.experts[by_row[at]]]; };
-    for (size_t at = first; at < first + count; ++at) ++pass.starts[slot_of(at) + 1];
-    for (size_t slot = 0; slot < layer.experts; ++slot) pass.starts[slot + 1] += pass.starts[slot];
-    std::vector<size_t> ends(pass.starts.begin(), pass.starts.end() - 1);
-    for (size_t at = first; at < first + count; ++at) {
-      const size_t place = places[at] = ends[slot_of(at)]++;
-      pass.inputs[place] = x + pairs.rows[by_row[at]] * layer.hidden;
-      pass.weights[place] = pairs.weights[by_row[at]];
-    }
-    for (size_t slot = 0; slot < layer.experts; ++slot) {
-      if (pass.starts[slot] < pass.starts[slot + 1]) {
-        run_expert(layer, slot, pass.starts[slot], pass.starts[slot + 1], pass);
-      }
-    }
-    for (size_t row = first_row; row < last_row; ++row) {
-      add_up(pass.outputs.data(), places.data() + row_starts[row], row_starts[row + 1] - row_starts[row], layer.hidden,
-             sums + row * layer.hidden);
-    }
+  const ByRow sorted = sort_by_row(layer, rows, pairs);
+  for (size_t first = 0, last; first < rows; first = last) {
+    last = first + 1;
+    while (last < rows && sorted.starts[last + 1] - sorted.starts[first] <= kPassPairs) ++last;
+    run_pass(layer, x, pairs, sorted, first, last, pass, sums);
   }
 }
 

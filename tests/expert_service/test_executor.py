@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from marks import needs_gpu, needs_native, needs_vllm_cpu
+from marks import needs_avx512_bf16, needs_gpu, needs_native, needs_vllm_cpu
 
 from expert_service import vllm_kernels
 from expert_service.choice import build_executor
@@ -254,12 +254,13 @@ def test_fused_sums_are_the_same_bits_whatever_else_is_in_the_batch(
             assert torch.equal(executor.run(1, hidden_states[row : row + 1], alone)[0], crowd[row])
 
 
-def native(held: HeldExperts, device: torch.device = CPU) -> NativeExecutor:
-    if not native_serves(held.manifest, num_threads=1):
-        pytest.skip("the native core computes no experts here: it is absent, or the CPU has no AVX-512 BF16")
+def native(held: HeldExperts) -> NativeExecutor:
+    assert native_serves(held.manifest, num_threads=1)
     return NativeExecutor(held)
 
 
+@needs_native
+@needs_avx512_bf16
 @pytest.mark.parametrize(("hidden", "inner"), [(32, 32), (HIDDEN, INNER), (288, 160)])
 def test_the_native_core_equals_the_dense_computation(
     write_artifact: Callable[..., Path], hidden: int, inner: int
@@ -280,6 +281,8 @@ def test_the_native_core_equals_the_dense_computation(
         assert torch.equal(executor.run(1, hidden_states[: rows // 2], fewer), result[: rows // 2])
 
 
+@needs_native
+@needs_avx512_bf16
 @given(asked=columns, crowd=columns, parts=st.integers(1, 9))
 @settings(max_examples=80, deadline=None)
 def test_the_native_cores_sums_are_the_same_bits_whatever_else_is_in_the_batch(
@@ -306,6 +309,8 @@ def test_the_native_cores_sums_are_the_same_bits_whatever_else_is_in_the_batch(
     assert ((alone.double() - expected).abs() <= 2e-2 * scale * (1 + expected.abs())).all()
 
 
+@needs_native
+@needs_avx512_bf16
 def test_the_native_core_refuses_what_is_not_there(bf16_artifact: Path) -> None:
     executor = native(hold(bf16_artifact, {1: frozenset({0, 2}), 3: frozenset({0})}))
     hidden_states = torch.ones(2, HIDDEN).bfloat16()
@@ -316,6 +321,8 @@ def test_the_native_core_refuses_what_is_not_there(bf16_artifact: Path) -> None:
     assert executor.run(1, hidden_states[:0], pairs([], [], [])).shape == (0, HIDDEN)
 
 
+@needs_native
+@needs_avx512_bf16
 def test_numbers_that_are_none_stay_so_in_their_row_alone(bf16_artifact: Path) -> None:
     executor = native(hold(bf16_artifact))
     hidden_states = torch.ones(3, HIDDEN).bfloat16()

@@ -20,7 +20,7 @@ import jsonschema
 import pytest
 import referencing
 import yaml
-from kubernetes_testbed import CRDS, TOOLS
+from kubernetes_testbed import CRDS, TOOLS, absent
 
 SCHEMAS = importlib.resources.files("kubernetes_validate") / "kubernetes-json-schema"
 OBJECT_META = "https://kubernetes.io/api/_definitions.json#/$defs/io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"
@@ -73,7 +73,7 @@ def _custom(api_version: str, kind: str) -> Manifest:
 def _rayservice() -> Manifest:
     path = CRDS / "ray.io_rayservices.yaml"
     if not path.exists():
-        pytest.skip("../shared/crds, KubeRay's CRDs, is not beside the checkout")
+        absent("../shared/crds, KubeRay's CRDs, is not beside the checkout")
     crd = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     (version,) = (one for one in crd["spec"]["versions"] if one["name"] == "v1")
     schema: Manifest = version["schema"]["openAPIV3Schema"]
@@ -83,7 +83,7 @@ def _rayservice() -> Manifest:
 def _fetched(api_version: str, kind: str) -> Manifest:
     folder = TOOLS / "schemas"
     if not folder.exists():
-        pytest.skip(f"no schemas of other projects' kinds in {folder}; tools/kubernetes-tools puts them there")
+        absent(f"no schemas of other projects' kinds in {folder}; tools/kubernetes-tools puts them there")
     path = folder / api_version / f"{kind}.json"
     if not path.exists():
         pytest.fail(

@@ -17,6 +17,7 @@ import pytest
 import typer
 import yaml
 from kubernetes.utils.quantity import parse_quantity
+from kubernetes_testbed import absent
 
 from expertmesh.cli import app
 from expertmesh.config import GroupSection
@@ -122,16 +123,23 @@ def checkout(tmp_path: Path) -> Path:
 
 def run(checkout: Path, line: str) -> str:
     program = Path(sys.executable).parent
+    environment = {"PATH": f"{program}:/usr/bin:/bin", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    return shell(line, checkout, environment, line)
+
+
+def shell(script: str, folder: Path, environment: dict[str, str], line: str, *options: str) -> str:
+    """What the script printed; fails the test with the line that it is for."""
     done = subprocess.run(
-        ["bash", "-ec", line],
-        cwd=checkout,
-        env={"PATH": f"{program}:/usr/bin:/bin", "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
+        ["bash", "-e", *options, "-c", script],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, f"{line}: {done.stderr}"
+    assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
@@ -245,7 +253,7 @@ def without_namespace(command: list[str]) -> list[str]:
 def test_kubectl_knows_the_flags(command: list[str]) -> None:
     kubectl = tool("kubectl")
     if kubectl is None:
-        pytest.skip("kubectl is neither on the PATH nor in the cache; tools/kubernetes-tools fetches it")
+        absent("kubectl is neither on the PATH nor in the cache; tools/kubernetes-tools fetches it")
     rest = without_namespace(command)
     rest = rest[: rest.index("--")] if "--" in rest else rest  # what follows is a command for the pod
     verb = rest[:3] if rest[:2] == ["create", "secret"] else rest[:1]

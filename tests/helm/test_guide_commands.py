@@ -22,7 +22,7 @@ import pytest
 import yaml
 from kuberay_stand_in import RayServiceObject, admin
 from kubernetes_testbed import ApiServer, tool
-from test_guide import GUIDE, commands, commands_of
+from test_guide import GUIDE, commands, commands_of, shell
 from test_release import chart
 
 from expertmesh.api_keys import admits, parse
@@ -103,18 +103,7 @@ class Shell:
         script = f"{line}\ndeclare -px > {kept}"
         if kept.exists():
             script = f"source {kept}\n{script}"
-        done = subprocess.run(
-            ["bash", "-e", "-o", "pipefail", "-c", script],
-            cwd=self.folder,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
-        return done.stdout
+        return shell(script, self.folder, self._environment, line, "-o", "pipefail")
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import serve_configs
 
-from expertmesh.artifact.manifest import ExpertFunction, Manifest
+from expertmesh.artifact.manifest import Manifest
 from expertmesh.config import GroupSection
 from expertmesh.coverage import GIB
 from expertmesh.errors import ConfigError
@@ -18,19 +19,7 @@ from expertmesh.rebalance.steps import Fits, Stage, Step, make_stages, make_step
 
 
 def manifest(expert_bytes: int = 1024) -> Manifest:
-    return Manifest(
-        name="tiny",
-        architecture="MixtralForCausalLM",
-        model_type="mixtral",
-        hidden_size=8,
-        intermediate_size=16,
-        layers={1: 8, 3: 8},
-        top_k=2,
-        dtype="float32",
-        expert_function=ExpertFunction(activation="silu"),
-        fingerprint="f" * 64,
-        expert_bytes=expert_bytes,
-    )
+    return serve_configs.manifest(expert_bytes).model_copy(update={"layers": {1: 8, 3: 8}})
 
 
 MODEL = manifest()
