@@ -1,8 +1,10 @@
 """Round trip of one dispatch, packing and combining included, beside a raw TCP echo of the same bytes and others.
 
 For each case ROWSxREPLICAS all ways take turns; a figure is the median over the rounds. The ways: `native`, `python`
-(expertmesh's transports, each with replicas of its kind), `tcp`, `unary` (one gRPC call per replica) and `handle` (one
-Ray Serve handle per replica, measured beside the first two again while that Ray runs).
+(expertmesh's transports, each with replicas of its kind), `python_executor` (the native transport, but replicas whose
+executor is called through Python, as on a GPU), `tcp`, `unary` (one gRPC call per replica) and `handle` (one Ray Serve
+handle per replica, measured beside the first three again while that Ray runs). The native transport polls for answers
+that usually come soon; TCP's ends sleep until the kernel wakes them.
 """
 
 from __future__ import annotations
@@ -35,6 +37,11 @@ HANDLE_CALLS = 30
 CASES = [(rows, count) for count in REPLICAS for rows in ROWS]
 SHARES = {0.5: "p50", 0.99: "p99"}
 
+OURS: dict[str, tuple[str, tuple[str, ...]]] = {name: (name, ()) for name in wire.TRANSPORTS}
+"""Way -> transport, and what its replicas are told; the first is the one that a cluster would use."""
+if "native" in OURS:
+    OURS["python_executor"] = "native", ("--python-executor",)
+
 Way = Callable[[], object]
 Rounds = dict[str, list[list[float]]]
 
@@ -56,12 +63,12 @@ def run(cluster: str | None) -> dict[str, object]:
 def _note(figures: dict[str, dict[str, float]], case: tuple[int, int], wired: Rounds, handled: Rounds) -> None:
     """Adds the figures of one case, without and with a Ray running."""
     key = f"{case[0]}x{case[1]}"
-    for transport in wire.TRANSPORTS:
-        prefix = "" if transport == wire.TRANSPORTS[0] else f"{transport}_"
+    for number, way in enumerate(OURS):
+        prefix = f"{way}_" if number else ""
         for share, name in SHARES.items():
-            ratio = _ratio(wired, transport, "tcp", share)
+            ratio = _ratio(wired, way, "tcp", share)
             figures.setdefault(f"{prefix}ratio_to_tcp_{name}", {})[key] = round(ratio, 2)
-        speedup = _ratio(handled, "handle", transport, 0.5)
+        speedup = _ratio(handled, "handle", way, 0.5)
         figures.setdefault(f"{prefix}speedup_over_handle", {})[key] = round(speedup, 1)
     for name, rounds in {**wired, "handle": handled["handle"]}.items():
         for share, suffix in SHARES.items():
@@ -115,11 +122,11 @@ def _tier() -> Iterator[Tier]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         manifest = wire.make_artifact(folder)
         dispatchers = {}
-        for transport in wire.TRANSPORTS:
+        for way, (transport, options) in OURS.items():
             directory = stack.enter_context(wire.directory())
-            stack.enter_context(wire.replicas(folder, directory, count, transport))
+            stack.enter_context(wire.replicas(folder, directory, count, transport, *options))
             made = wire.dispatcher(directory, manifest.fingerprint, count, transport)
-            dispatchers[transport] = stack.enter_context(made)
+            dispatchers[way] = stack.enter_context(made)
         tcp = TcpPeers(stack.enter_context(peers("tcp", [[]] * count)))
         stack.callback(tcp.close)
         yield Tier(dispatchers, tcp, UnaryPeers(stack.enter_context(peers("unary", [[]] * count))))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import socket
 import struct
@@ -113,15 +114,21 @@ def serve_replica(given: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.wire import experts_of
+    from expert_service.endpoint import NATIVE_MODULE
     from expert_service.executor import Executor, Pairs
     from expert_service.replica import Replica
     from expertmesh.args import GroupArgs
+
+    native_core = importlib.import_module(NATIVE_MODULE) if importlib.util.find_spec(NATIVE_MODULE) else None
 
     class Echo(Executor):
         def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
             if given.us_per_row:
                 time.sleep(1e-6 * given.us_per_row * len(hidden_states))
             return hidden_states.float()
+
+    class NativeEcho(Echo):
+        computation = native_core.Echo() if native_core else None
 
     torch.set_num_threads(1)
     args = GroupArgs(
@@ -131,7 +138,9 @@ def serve_replica(given: argparse.Namespace) -> None:
         transport=given.transport,
         max_queued_rows=given.max_queued_rows,
     )
-    replica = Replica(args, given.directory, executor=Echo())
+    in_python = given.python_executor or given.us_per_row or given.transport == "python"
+    executor = Echo() if in_python or native_core is None else NativeEcho()
+    replica = Replica(args, given.directory, executor=executor)
     print(replica.address, flush=True)
     sys.stdin.read()
     replica.stop()
@@ -147,6 +156,7 @@ def main() -> None:
     replica.add_argument("--number", type=int, required=True)
     replica.add_argument("--directory", required=True)
     replica.add_argument("--transport", default="auto")
+    replica.add_argument("--python-executor", action="store_true", help="also behind the native server")
     replica.add_argument("--us-per-row", type=float, default=0)
     replica.add_argument("--max-queued-rows", type=int, default=65536)
     given = parser.parse_args()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+from typing import Protocol, runtime_checkable
 
 import expertmesh_native
 import torch
@@ -28,11 +29,20 @@ REFLECTED = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 MAX_WINDOWS = 256
 
 
+@runtime_checkable
+class NativeRun(Protocol):
+    """An executor whose batches the server computes without Python."""
+
+    @property
+    def computation(self) -> expertmesh_native.Computation:
+        """Gives the sums that `run` gives."""
+        ...
+
+
 class NativeEndpoint:
     """Raises ConfigError where a file of `tls` cannot serve."""
 
     def __init__(self, offer: Offer, executor: Executor) -> None:
-        self.executor = executor
         self._hidden_size = offer.served.hidden_size
         self._num_threads = offer.num_threads
         tls = CurrentTls(offer.tls) if offer.tls else None
@@ -53,6 +63,16 @@ class NativeEndpoint:
             tls=functools.partial(_pem, tls) if tls else None,
         )
         self._thread = threading.Thread(target=self._loop, name="expert-executor", daemon=True)
+        self.executor = executor
+
+    @property
+    def executor(self) -> Executor:
+        return self._executor
+
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        self._executor = executor
+        self._server.compute_with(executor.computation if isinstance(executor, NativeRun) else None)
 
     def listen(self, host: str, ports: tuple[int, int] | None) -> str:
         port = self._server.listen(host, *(ports or (0, 0)))
@@ -64,8 +84,8 @@ class NativeEndpoint:
         return f"{host}:{port}"
 
     def set_state(self, state: pb.ReplicaState.ValueType) -> None:
+        self._server.set_serving(state == pb.REPLICA_STATE_READY)  # first: who is told the state relies on its health
         self._server.set_state(state)
-        self._server.set_serving(state == pb.REPLICA_STATE_READY)
 
     def load(self) -> pb.Load:
         queued_rows, busy, rows_total, rows_per_s = self._server.load()

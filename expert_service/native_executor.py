@@ -11,9 +11,9 @@ from expert_service.weights import HeldExperts
 from expertmesh.artifact.manifest import ExpertFunction, Manifest
 
 try:
-    from expertmesh_native import can_compute_experts, compute_experts
+    from expertmesh_native import Computation, Experts, can_compute_experts
 except ImportError:
-    can_compute_experts = compute_experts = None  # type: ignore[assignment]
+    Experts = can_compute_experts = None  # type: ignore[assignment, misc]
 
 
 class NativeExecutor:
@@ -27,20 +27,23 @@ class NativeExecutor:
     bias_dtype = None
 
     def __init__(self, held: HeldExperts) -> None:
-        self._sizes = held.manifest.hidden_size, held.manifest.intermediate_size
-        self._layers = pack_layers(held, self, num_threads=1)
+        self._experts = Experts()
+        for layer, packed in pack_layers(held, self, num_threads=1).items():
+            gate_up, down = packed.weights.gate_up, packed.weights.down
+            self._experts.add_layer(layer, gate_up.view(torch.uint16), down.view(torch.uint16), packed.slots)
+
+    @property
+    def computation(self) -> Computation:
+        """The same as `run`, for the native server."""
+        return self._experts
 
     def pack(self, weight: Tensor, packed: Tensor) -> None:
         pack_tiles(weight, packed)
 
     def run(self, layer: int, hidden_states: Tensor, pairs: Pairs) -> Tensor:
         x = hidden_states.to(torch.bfloat16).contiguous()
-        packed, sums = self._layers[layer], torch.empty_like(x)
-        gate_up, down = packed.weights.gate_up, packed.weights.down
-        compute_experts(
-            gate_up.data_ptr(), down.data_ptr(), len(down), *self._sizes, x.data_ptr(), len(x),
-            pairs.rows, pairs.experts, pairs.weights, packed.slots, sums.data_ptr(),
-        )  # fmt: skip
+        sums = torch.empty_like(x)
+        self._experts.run(layer, x.data_ptr(), len(x), pairs.rows, pairs.experts, pairs.weights, sums.data_ptr())
         return sums
 
 

@@ -1,5 +1,6 @@
 #include "client.h"
 
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -477,6 +478,8 @@ void Client::write(Stream& stream, Step& step, size_t index, const Rows& rows) {
   stream.waiting[part.id] = {&step, index};
   part.written_ns = now_ns();
   step.late_at_ns = std::max(step.late_at_ns, part.written_ns + stream.latency.late_after(part.rows.size()));
+  const int64_t polling = polling_time(stream.latency.usual(part.rows.size()));
+  step.awake_until_ns = std::max(step.awake_until_ns, part.written_ns + polling);
   stream.outbox.push_back({part.id, grpc::ByteBuffer(&slice, 1)});
   stream.wrote = true;
   flush(stream);
@@ -512,7 +515,7 @@ void Client::wait(Lock& lock, Step& step, gpr_timespec patience) {
     }
     if (until(wake).count() == 0 && polled) break;
     if (!polling_) {
-      polled = !poll(lock, wake);
+      polled = !poll(lock, wake, step.awake_until_ns);
     } else {
       ++waiters_;
       turn_.wait_for(lock, until(wake));
@@ -523,12 +526,17 @@ void Client::wait(Lock& lock, Step& step, gpr_timespec patience) {
   if (waiters_ > 0) turn_.notify_all();
 }
 
-bool Client::poll(Lock& lock, gpr_timespec deadline) {
+bool Client::poll(Lock& lock, gpr_timespec deadline, uint64_t awake_until) {
   polling_ = true;
   lock.unlock();
   void* tag;
   bool ok;
-  const auto status = queue_.AsyncNext(&tag, &ok, deadline);
+  auto status = grpc::CompletionQueue::TIMEOUT;
+  while (status == grpc::CompletionQueue::TIMEOUT && now_ns() < awake_until) {
+    status = queue_.AsyncNext(&tag, &ok, gpr_inf_past(GPR_CLOCK_MONOTONIC));
+    if (status == grpc::CompletionQueue::TIMEOUT) sched_yield();
+  }
+  if (status == grpc::CompletionQueue::TIMEOUT) status = queue_.AsyncNext(&tag, &ok, deadline);
   lock.lock();
   polling_ = false;
   if (status != grpc::CompletionQueue::GOT_EVENT) return false;

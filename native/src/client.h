@@ -26,6 +26,7 @@
 #include "choice.h"
 #include "latency.h"
 #include "numbers.h"
+#include "polling.h"
 #include "protobuf.h"
 
 namespace expertmesh {
@@ -139,6 +140,8 @@ struct Step {
   gpr_timespec deadline;
   /// When the last of its answers should be there; of the monotonic clock, nanoseconds.
   uint64_t late_at_ns = 0;
+  /// Until then its answers are polled for without going to sleep.
+  uint64_t awake_until_ns = 0;
   std::vector<Part> parts;
   Unserved unserved;
   size_t unanswered = 0;
@@ -239,7 +242,7 @@ class Client : public std::enable_shared_from_this<Client> {
   };
   using Lock = std::unique_lock<std::mutex>;
 
-  bool poll(Lock& lock, gpr_timespec deadline);
+  bool poll(Lock& lock, gpr_timespec deadline, uint64_t awake_until = 0);
   /// Until all is answered or `until` has come, which the step's own deadline may do first.
   void wait(Lock& lock, Step& step, gpr_timespec until);
   void handle(const Tag& tag, bool ok);

@@ -3,7 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
+
+#include "numbers.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define EXPERTMESH_AVX512_BF16
@@ -253,5 +257,32 @@ void compute(const Layer& layer, const uint16_t* x, size_t rows, const Pairs& pa
 }
 
 #endif
+
+void Held::add(uint32_t number, const Layer& layer, std::vector<int32_t> slots) {
+  layers_[number] = {layer, std::move(slots)};
+}
+
+void Held::compute(uint32_t number, const uint16_t* x, size_t rows, Pairs pairs, uint16_t* sums) const {
+  const auto found = layers_.find(number);
+  if (found == layers_.end()) throw std::out_of_range("layer " + std::to_string(number) + " is not held");
+  const auto& [layer, slots] = found->second;
+  pairs.slots = slots.data();
+  pairs.num_slots = slots.size();
+  experts::compute(layer, x, rows, pairs, sums);
+}
+
+Sums Held::run(const BatchView& batch) {
+  const size_t elements = batch.rows * batch.width;
+  const auto* x = static_cast<const uint16_t*>(batch.hidden_states);
+  if (batch.dtype != kBFloat16) {
+    rounded_.reset(new uint16_t[elements]);
+    convert(rounded_.get(), kBFloat16, batch.hidden_states, batch.dtype, elements);
+    x = rounded_.get();
+  }
+  sums_.reset(new uint16_t[elements]);
+  compute(batch.layer, x, batch.rows, {batch.pair_rows, batch.pair_experts, batch.pair_weights, batch.pairs, nullptr, 0},
+          sums_.get());
+  return {sums_.get(), kBFloat16};
+}
 
 }  // namespace expertmesh::experts

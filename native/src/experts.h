@@ -3,6 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "computation.h"
 
 namespace expertmesh::experts {
 
@@ -30,5 +35,27 @@ bool supported();
 /// in fp32 by ascending slot and rounded: the same bits whatever else is in the batch. Throws std::out_of_range for a
 /// pair of a row that is not there or an expert that is not held.
 void compute(const Layer& layer, const uint16_t* x, size_t rows, const Pairs& pairs, uint16_t* sums);
+
+/// The layers of a replica, whose weights the caller keeps.
+class Held : public Computation {
+ public:
+  /// `slots` as in Pairs.
+  void add(uint32_t number, const Layer& layer, std::vector<int32_t> slots);
+
+  /// Sums in bf16; rows of another type are rounded first. Throws std::out_of_range for a layer that is not held, and as
+  /// compute() does.
+  Sums run(const BatchView& batch) override;
+
+  /// As compute(), of rows in bf16; `pairs` without slots.
+  void compute(uint32_t number, const uint16_t* x, size_t rows, Pairs pairs, uint16_t* sums) const;
+
+ private:
+  struct Kept {
+    Layer layer;
+    std::vector<int32_t> slots;
+  };
+  std::map<uint32_t, Kept> layers_;
+  std::unique_ptr<uint16_t[]> rounded_, sums_;
+};
 
 }  // namespace expertmesh::experts

@@ -28,6 +28,12 @@ class Latency {
     return std::any_of(classes_.begin(), classes_.end(), [](const Estimate& one) { return one.mean >= 0; });
   }
 
+  /// Nanoseconds that an answer to so many rows usually takes; at most a second, which is also said of what is not known.
+  int64_t usual(size_t rows) const {
+    const double mean = classes_[class_of(rows)].mean;
+    return mean < 0 ? kUnknown : static_cast<int64_t>(std::min<double>(mean, kUnknown));
+  }
+
   /// Nanoseconds after which an answer to so many rows is late. What is known of fewer rows is scaled up.
   uint64_t late_after(size_t rows) const {
     const size_t wanted = class_of(rows);

@@ -1,5 +1,6 @@
 #include "numbers.h"
 
+#include <algorithm>
 #include <cstring>
 
 // a copy of the loops per instruction set, chosen when the library is loaded; sanitizers cannot run that early
@@ -99,6 +100,24 @@ void round_to(void* target, uint32_t dtype, const float* source, size_t count) {
   if (dtype == kFloat32) std::memcpy(to, source, 4 * count);
   if (dtype == kBFloat16) round_to_bfloat16(to, source, count);
   if (dtype == kFloat16) round_to_float16(to, source, count);
+}
+
+void convert(void* target, uint32_t to, const void* source, uint32_t from, size_t count) {
+  if (to == from) {
+    if (count > 0) std::memcpy(target, source, count * element_size(to));
+  } else if (from == kFloat32) {
+    round_to(target, to, static_cast<const float*>(source), count);
+  } else {
+    auto* into = static_cast<uint8_t*>(target);
+    const auto* of = static_cast<const uint8_t*>(source);
+    float widened[1024];
+    for (size_t done = 0; done < count; done += 1024) {
+      const size_t part = std::min<size_t>(1024, count - done);
+      std::fill_n(widened, part, 0.0f);
+      add(widened, of + done * element_size(from), from, part);
+      round_to(into + done * element_size(to), to, widened, part);
+    }
+  }
 }
 
 }  // namespace expertmesh

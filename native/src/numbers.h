@@ -22,4 +22,7 @@ void add(float* total, const void* rows, uint32_t dtype, size_t count);
 /// target[i] = source[i] rounded to nearest, ties to even, as torch does.
 void round_to(void* target, uint32_t dtype, const float* source, size_t count);
 
+/// target [count] of type `to` = source [count] of type `from`, both floating.
+void convert(void* target, uint32_t to, const void* source, uint32_t from, size_t count);
+
 }  // namespace expertmesh

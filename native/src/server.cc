@@ -1,5 +1,7 @@
 #include "server.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -51,23 +53,6 @@ Method method_of(const std::string& path) {
 grpc::ByteBuffer one_slice(const std::string& message) {
   const grpc::Slice slice(message);
   return grpc::ByteBuffer(&slice, 1);
-}
-
-/// target = source [count] of `from`, as type `to`.
-void convert(uint8_t* target, uint32_t to, const uint8_t* source, uint32_t from, size_t count) {
-  if (to == from) {
-    if (count > 0) std::memcpy(target, source, count * element_size(to));
-  } else if (from == kFloat32) {
-    round_to(target, to, reinterpret_cast<const float*>(source), count);
-  } else {
-    float widened[1024];
-    for (size_t done = 0; done < count; done += 1024) {
-      const size_t part = std::min<size_t>(1024, count - done);
-      std::fill_n(widened, part, 0.0f);
-      add(widened, source + done * element_size(from), from, part);
-      round_to(target + done * element_size(to), to, widened, part);
-    }
-  }
 }
 
 }  // namespace
@@ -366,13 +351,53 @@ void Server::watch() {
 
 // ---- batches ---------------------------------------------------------------------------------------------------------
 
+void Server::wait(Lock& lock) {
+  ++waits_;
+  const int64_t until = now_ns() + polling_time(pauses_.usual());
+  while (now_ns() < until) {
+    if (poll(lock, at_once()) != grpc::CompletionQueue::TIMEOUT) return;
+    lock.unlock();
+    sched_yield();
+    lock.lock();
+  }
+  poll(lock, never());
+}
+
 bool Server::more_may_be_there() const {
   return waiting_.empty() || std::any_of(calls_.begin(), calls_.end(), [](const auto& entry) {
            return entry.second->method == Method::kDispatch && entry.second->reading();
          });
 }
 
+void Server::compute_with(std::shared_ptr<Computation> computation) {
+  const Lock lock(mutex_);
+  computation_.swap(computation);
+}
+
 std::optional<Taken> Server::take() {
+  while (true) {
+    std::shared_ptr<Computation> computation;
+    const std::optional<Taken> taken = take_next(&computation);
+    if (!taken || !computation) return taken;
+    compute(*computation);
+  }
+}
+
+void Server::compute(Computation& computation) {
+  const Buffers& of = *buffers_;
+  const BatchView batch{batch_.layer, batch_.dtype, of.hidden_states.get(), batch_.rows, settings_.served.hidden_size,
+                        of.rows.data(), of.experts.data(), of.weights.data(), batch_.pairs};
+  Sums sums;
+  try {
+    sums = computation.run(batch);
+  } catch (const std::exception& error) {  // whatever fails in a kernel becomes a status
+    fail(error.what());
+    return;
+  }
+  reply(sums.data, sums.dtype);
+}
+
+std::optional<Taken> Server::take_next(std::shared_ptr<Computation>* computation) {
   Lock lock(mutex_);
   if (!open_) return std::nullopt;
   become_poller(lock);
@@ -387,10 +412,11 @@ std::optional<Taken> Server::take() {
       fail_jobs(&batch_.expired, kDeadlineExceeded, "the timeout passed in the queue", now);
     }
     if (!batch_.jobs.empty() || (waiting_.closed() && waiting_.empty())) break;
-    ++waits_;
-    poll(lock, never());
+    wait(lock);
   }
-  began_at_ = computing_since_ = now_ns();
+  began_at_ = now_ns();
+  pauses_.note(began_at_ - computing_since_);
+  computing_since_ = began_at_;
   poller_ = Poller::kNone;
   if (batch_.jobs.empty()) {
     executor_left_ = true;
@@ -399,6 +425,7 @@ std::optional<Taken> Server::take() {
   }
   meter_.begin(began_at_);
   if (watcher_parked_) watcher_wakes_.notify_all();
+  *computation = computation_;
   lock.unlock();
   gather();
   return Taken{batch_.layer, batch_.rows, batch_.dtype, batch_.pairs};

@@ -23,6 +23,8 @@
 #include <utility>
 #include <vector>
 
+#include "computation.h"
+#include "polling.h"
 #include "server_call.h"
 #include "server_load.h"
 #include "server_queue.h"
@@ -79,7 +81,11 @@ class Server {
   /// Listens on the first free port of first..last, or on any where first is 0, and serves; 0 where none is free.
   int listen(const std::string& host, int first, int last);
 
-  /// The executor's thread asks for the next batch and polls until there is one; nothing once closed and empty.
+  /// Batches are computed by this from the next one on; null: by whoever takes them.
+  void compute_with(std::shared_ptr<Computation> computation);
+
+  /// The executor's thread asks for the next batch that it is to compute itself; computes all others and polls until
+  /// there is one. Nothing once closed and empty.
   std::optional<Taken> take();
 
   /// Answers the batch that was taken last with its rows' sums, [rows, hidden_size] of `dtype`.
@@ -131,12 +137,15 @@ class Server {
   void answer_reflections(Lock& lock);
   void tell_watcher_of_health(Call* call);
 
+  void wait(Lock& lock);
   bool more_may_be_there() const;
   void become_poller(Lock& lock);
   void wake_poller();
   void watch();
   bool may_watch(int64_t now) const;
 
+  std::optional<Taken> take_next(std::shared_ptr<Computation>* computation);
+  void compute(Computation& computation);
   void gather();
   void note_waits(int64_t now);
   void fail_jobs(std::vector<Job>* jobs, Code code, const std::string& message, int64_t now);
@@ -168,6 +177,7 @@ class Server {
   std::vector<std::pair<std::shared_ptr<Call>, std::string>> reflections_;
   Queue waiting_;
   LoadMeter meter_;
+  std::shared_ptr<Computation> computation_;
   uint32_t state_ = 0;
   bool serving_ = true;
   int64_t last_request_at_ = 0;
@@ -177,6 +187,8 @@ class Server {
   // of the executor's thread alone
   Batch batch_;
   int64_t began_at_ = 0;
+  /// From one batch's begin to the next.
+  Pauses pauses_;
   std::shared_ptr<Buffers> buffers_ = std::make_shared<Buffers>();
   uint64_t buffers_version_ = 0;
 

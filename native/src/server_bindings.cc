@@ -2,6 +2,7 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -156,6 +157,7 @@ void bind_server(nb::module_& module) {
           nb::arg("options"), nb::arg("tls").none())
       .def("listen", &PythonServer::listen, nb::arg("host"), nb::arg("first"), nb::arg("last"),
            nb::call_guard<nb::gil_scoped_release>())
+      .def("compute_with", &PythonServer::compute_with, nb::arg("computation").none())
       .def("take", &PythonServer::take_tuple)
       .def("buffers", &PythonServer::buffer_arrays)
       .def(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy
 from numpy.typing import NDArray
+from torch import Tensor
 
 # --- the router's side (client_bindings.cc) ---
 
@@ -94,6 +95,7 @@ class Server:
         tls: Callable[[], tuple[bytes, bytes, bytes]] | None,
     ) -> None: ...
     def listen(self, host: str, first: int, last: int) -> int: ...
+    def compute_with(self, computation: Computation | None) -> None: ...
     def take(self) -> tuple[int, int, int, int, int] | None: ...
     def buffers(
         self,
@@ -162,17 +164,23 @@ def sum_pairs(
     sums_address: int,
 ) -> None: ...
 def can_compute_experts() -> bool: ...
-def compute_experts(
-    gate_up_address: int,
-    down_address: int,
-    num_experts: int,
-    hidden_size: int,
-    intermediate_size: int,
-    x_address: int,
-    num_rows: int,
-    rows: NDArray[numpy.int32],
-    experts: NDArray[numpy.int32],
-    weights: NDArray[numpy.float32],
-    slots: NDArray[numpy.int32],
-    sums_address: int,
-) -> None: ...
+
+class Computation:
+    """What computes batches without Python (computation.h)."""
+
+class Echo(Computation):
+    def __init__(self) -> None: ...
+
+class Experts(Computation):
+    def __init__(self) -> None: ...
+    def add_layer(self, layer: int, gate_up: Tensor, down: Tensor, slots: NDArray[numpy.int32]) -> None: ...
+    def run(
+        self,
+        layer: int,
+        x_address: int,
+        num_rows: int,
+        rows: NDArray[numpy.int32],
+        experts: NDArray[numpy.int32],
+        weights: NDArray[numpy.float32],
+        sums_address: int,
+    ) -> None: ...

@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <random>
+#include <stdexcept>
 #include <thread>
 
 #include "../client.h"
@@ -40,9 +41,12 @@ class Replica {
     port_ = server_.listen("127.0.0.1", 0, 0);
     REQUIRE(port_ > 0);
     executor_ = std::thread([this] { compute(); });
+    exchanger_ = std::thread([this] { exchange(); });
   }
 
   ~Replica() {
+    ending_ = true;
+    exchanger_.join();
     server_.close();
     executor_.join();
     server_.stop(0.05);
@@ -71,8 +75,35 @@ class Replica {
     return settings;
   }
 
+  /// The same, computed by the server itself.
+  class Multiply final : public Computation {
+   public:
+    Sums run(const BatchView& batch) override {
+      if (++number_ % 97 == 0) throw std::runtime_error("on purpose");
+      if (number_ % 31 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+      multiply(batch);
+      return {sums_.data(), kFloat32};
+    }
+
+    const std::vector<float>& multiply(const BatchView& batch) {
+      const auto* rows = static_cast<const float*>(batch.hidden_states);
+      sums_.assign(batch.rows * batch.width, 0.0f);
+      for (size_t pair = 0; pair < batch.pairs; ++pair) {
+        const size_t row = batch.pair_rows[pair] * batch.width;
+        const float factor = batch.pair_weights[pair] * static_cast<float>(batch.pair_experts[pair] + 1);
+        for (size_t i = 0; i < batch.width; ++i) sums_[row + i] += factor * rows[row + i];
+      }
+      return sums_;
+    }
+
+   private:
+    std::vector<float> sums_;
+    uint64_t number_ = 0;
+  };
+
+  /// Who computes changes again and again.
   void compute() {
-    std::vector<float> sums;
+    Multiply own;
     for (uint64_t number = 0; const auto taken = server_.take(); ++number) {
       if (number % 97 == 96) {
         server_.fail("on purpose");
@@ -80,20 +111,24 @@ class Replica {
       }
       if (number % 31 == 30) std::this_thread::sleep_for(std::chrono::milliseconds(3));
       const auto buffers = server_.buffers();
-      const auto* rows = reinterpret_cast<const float*>(buffers->hidden_states.get());
-      sums.assign(size_t{taken->rows} * kWidth, 0.0f);
-      for (size_t pair = 0; pair < taken->pairs; ++pair) {
-        const size_t row = buffers->rows[pair] * size_t{kWidth};
-        const float factor = buffers->weights[pair] * static_cast<float>(buffers->experts[pair] + 1);
-        for (size_t i = 0; i < kWidth; ++i) sums[row + i] += factor * rows[row + i];
-      }
+      const auto& sums = own.multiply({taken->layer, taken->dtype, buffers->hidden_states.get(), taken->rows, kWidth,
+                                       buffers->rows.data(), buffers->experts.data(), buffers->weights.data(),
+                                       taken->pairs});
       server_.reply(sums.data(), kFloat32);
+    }
+  }
+
+  void exchange() {
+    for (uint64_t turn = 0; !ending_; ++turn) {
+      server_.compute_with(turn % 2 == 0 ? std::make_shared<Multiply>() : nullptr);
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
   }
 
   server::Server server_;
   int port_ = 0;
-  std::thread executor_;
+  std::thread executor_, exchanger_;
+  std::atomic<bool> ending_{false};
 };
 
 /// A router and the streams it has; replicas come and go under its feet.
