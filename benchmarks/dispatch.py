@@ -2,9 +2,9 @@
 
 For each case ROWSxREPLICAS all ways take turns; a figure is the median over the rounds. The ways: `native`, `python`
 (expertmesh's transports, each with replicas of its kind), `python_executor` (the native transport, but replicas whose
-executor is called through Python, as on a GPU), `tcp`, `unary` (one gRPC call per replica) and `handle` (one Ray Serve
-handle per replica, measured beside the first three again while that Ray runs). The native transport polls for answers
-that usually come soon; TCP's ends sleep until the kernel wakes them.
+executor is called through Python, as on a GPU), `tcp`, `polling_tcp`, `unary` (one gRPC call per replica) and `handle`
+(one Ray Serve handle per replica, measured beside the first three again while that Ray runs). The ends of `tcp` sleep
+until the kernel wakes them; those of `polling_tcp` poll before they do, as the native transport's do.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ REPLICAS = (1, 2, 4)
 ROUNDS = 7
 CALLS = 300
 HANDLE_CALLS = 30
+POLLING_S = 1e-3
+"""Longer than the native transport ever polls for one answer that comes."""
 CASES = [(rows, count) for count in REPLICAS for rows in ROWS]
 SHARES = {0.5: "p50", 0.99: "p99"}
 
@@ -66,8 +68,9 @@ def _note(figures: dict[str, dict[str, float]], case: tuple[int, int], wired: Ro
     for number, way in enumerate(OURS):
         prefix = f"{way}_" if number else ""
         for share, name in SHARES.items():
-            ratio = _ratio(wired, way, "tcp", share)
-            figures.setdefault(f"{prefix}ratio_to_tcp_{name}", {})[key] = round(ratio, 2)
+            for peer in ("tcp", "polling_tcp"):
+                ratio = _ratio(wired, way, peer, share)
+                figures.setdefault(f"{prefix}ratio_to_{peer}_{name}", {})[key] = round(ratio, 2)
         speedup = _ratio(handled, "handle", way, 0.5)
         figures.setdefault(f"{prefix}speedup_over_handle", {})[key] = round(speedup, 1)
     for name, rounds in {**wired, "handle": handled["handle"]}.items():
@@ -91,6 +94,7 @@ class Tier:
 
     dispatchers: dict[str, Dispatcher]
     tcp: TcpPeers
+    polling_tcp: TcpPeers
     unary: UnaryPeers
 
     def ways(self, rows: int, count: int) -> dict[str, Way]:
@@ -100,7 +104,8 @@ class Tier:
 
     def peers(self, rows: int, count: int) -> dict[str, Way]:
         each = sizes(rows, count)
-        return {"tcp": self.tcp.way(each), "unary": self.unary.way(each)}
+        tcp = {"tcp": self.tcp.way(each), "polling_tcp": self.polling_tcp.way(each)}
+        return {**tcp, "unary": self.unary.way(each)}
 
 
 def sizes(rows: int, count: int) -> list[tuple[int, int]]:
@@ -129,13 +134,18 @@ def _tier() -> Iterator[Tier]:
             dispatchers[way] = stack.enter_context(made)
         tcp = TcpPeers(stack.enter_context(peers("tcp", [[]] * count)))
         stack.callback(tcp.close)
-        yield Tier(dispatchers, tcp, UnaryPeers(stack.enter_context(peers("unary", [[]] * count))))
+        polling = stack.enter_context(peers("tcp", [[f"--polling-s={POLLING_S}"]] * count))
+        polling_tcp = TcpPeers(polling, POLLING_S)
+        stack.callback(polling_tcp.close)
+        unary = UnaryPeers(stack.enter_context(peers("unary", [[]] * count)))
+        yield Tier(dispatchers, tcp, polling_tcp, unary)
 
 
 class TcpPeers:
-    """Blocking sends to all, then blocking receives from all."""
+    """Blocking sends to all, then receives from all, which poll for so long before they sleep."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], polling_s: float = 0) -> None:
+        self._polling_s = polling_s
         self._connections = [_connect(address) for address in addresses]
 
     def way(self, sizes: Sequence[tuple[int, int]]) -> Way:
@@ -147,7 +157,7 @@ class TcpPeers:
             for connection, request in zip(used, requests, strict=True):
                 connection.sendall(request)
             for connection, answer in zip(used, answers, strict=True):
-                receive(connection, answer)
+                receive(connection, answer, self._polling_s)
 
         return exchange
 

@@ -69,25 +69,31 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return line
 
 
-def listen_tcp() -> None:
-    """Answers each request of one connection with as many bytes as it wants."""
+def listen_tcp(polling_s: float) -> None:
+    """Answers each request of one connection with as many bytes as it wants; polls for so long before it sleeps."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         print(f"127.0.0.1:{server.getsockname()[1]}", flush=True)
         connection, _ = server.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     buffer = memoryview(bytearray(2**24))
     with connection:
-        while receive(connection, buffer[: HEAD.size]):
+        while receive(connection, buffer[: HEAD.size], polling_s):
             size, wanted = HEAD.unpack_from(buffer)
-            receive(connection, buffer[:size])
+            receive(connection, buffer[:size], polling_s)
             connection.sendall(buffer[:wanted])
 
 
-def receive(connection: socket.socket, into: memoryview) -> bool:
-    """Fills `into`; False where the peer has closed."""
+def receive(connection: socket.socket, into: memoryview, polling_s: float = 0) -> bool:
+    """Fills `into`; False where the peer has closed. Polls for so long before it sleeps."""
     got = 0
+    awake_until = time.perf_counter() + polling_s if polling_s else 0
     while got < len(into):
-        count = connection.recv_into(into[got:])
+        polls = awake_until and time.perf_counter() < awake_until
+        try:
+            count = connection.recv_into(into[got:], 0, socket.MSG_DONTWAIT if polls else 0)
+        except BlockingIOError:
+            os.sched_yield()
+            continue
         if not count:
             return False
         got += count
@@ -149,7 +155,8 @@ def serve_replica(given: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.echo", description=__doc__)
     roles = parser.add_subparsers(dest="role", required=True)
-    roles.add_parser("tcp")
+    tcp = roles.add_parser("tcp")
+    tcp.add_argument("--polling-s", type=float, default=0)
     roles.add_parser("unary")
     replica = roles.add_parser("replica")
     replica.add_argument("--artifact", required=True)
@@ -161,7 +168,7 @@ def main() -> None:
     replica.add_argument("--max-queued-rows", type=int, default=65536)
     given = parser.parse_args()
     if given.role == "tcp":
-        listen_tcp()
+        listen_tcp(given.polling_s)
     elif given.role == "unary":
         serve_unary()
     else:

@@ -32,10 +32,12 @@ namespace {
 constexpr size_t kTile = 32;
 /// Rows of one expert that are computed at a time: their sums fill half of the registers.
 constexpr int kRows = 8;
-/// Steps of a tile that memory is asked ahead. With fewer rows than kAhead the kernel waits for memory anyway, and what
-/// the processor asks ahead by itself is enough.
+/// Steps of a large tile that memory is asked ahead. With fewer rows than kAhead the kernel waits for memory anyway, and
+/// what the processor asks ahead by itself is enough.
 constexpr size_t kSteps = 64;
-constexpr int kAhead = 5;
+constexpr size_t kAhead = 5;
+/// Bytes of the second-level cache for tiles of gate and up rows and the two that follow.
+constexpr size_t kCache = 512 << 10;
 /// Pairs of one pass, which bounds its scratch.
 constexpr size_t kPassPairs = 4096;
 
@@ -77,21 +79,13 @@ INLINE void store(uint16_t* to, __m512 low, __m512 high) {
   _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
 
-/// sums [M, 32] = inputs [M, 2 * steps] times one tile; where `kAsk`, asks memory for what follows, also in `next`, the
-/// tile after this one.
-template <int M, bool kAsk>
-INLINE void multiply(const uint16_t* const* inputs, const uint16_t* tile, size_t steps, const uint16_t* next,
+/// sums [M, 32] = inputs [M, 2 * steps] times one tile. Asks memory for `kLines` cache lines a step, from `asked` on.
+template <int M, int kLines>
+INLINE void multiply(const uint16_t* const* inputs, const uint16_t* tile, size_t steps, const uint16_t* asked,
                      __m512 (&sums)[M][2]) {
   for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
-  const size_t ahead = std::min(kSteps, steps);
-  const uint16_t* asked = tile + 2 * kTile * ahead;
   for (size_t step = 0; step < steps; ++step) {
-    if (kAsk) {
-      if (step == steps - ahead) asked = next;
-      _mm_prefetch(asked, _MM_HINT_T1);
-      _mm_prefetch(asked + kTile, _MM_HINT_T1);
-      asked += 2 * kTile;
-    }
+    for (int line = 0; line < kLines; ++line, asked += kTile) _mm_prefetch(asked, _MM_HINT_T1);
     const auto low = reinterpret_cast<__m512bh>(_mm512_loadu_si512(tile + 2 * kTile * step));
     const auto high = reinterpret_cast<__m512bh>(_mm512_loadu_si512(tile + 2 * kTile * step + kTile));
 #pragma GCC unroll 8
@@ -105,63 +99,99 @@ INLINE void multiply(const uint16_t* const* inputs, const uint16_t* tile, size_t
   }
 }
 
+/// A tile, and where memory is asked ahead meanwhile.
+struct Tile {
+  const uint16_t *weights, *asked;
+};
+
 /// What an expert's tile of gate rows, and that of up rows, makes of M rows.
-template <int M, bool kAsk>
-TARGET void activate(const uint16_t* const* inputs, const uint16_t* gate, const uint16_t* up, const uint16_t* next,
-                     size_t steps, uint16_t* activated, size_t width) {
+template <int M, int kLines>
+TARGET void activate(const uint16_t* const* inputs, const Tile& gate, const Tile& up, size_t steps, uint16_t* activated,
+                     size_t width) {
   __m512 gates[M][2], ups[M][2];
-  multiply<M, kAsk>(inputs, gate, steps, up, gates);
-  multiply<M, kAsk>(inputs, up, steps, next, ups);
+  multiply<M, kLines>(inputs, gate.weights, steps, gate.asked, gates);
+  multiply<M, kLines>(inputs, up.weights, steps, up.asked, ups);
   for (int m = 0; m < M; ++m) {
     store(activated + m * width, _mm512_mul_ps(silu(gates[m][0]), ups[m][0]),
           _mm512_mul_ps(silu(gates[m][1]), ups[m][1]));
   }
 }
 
-template <int M, bool kAsk>
-TARGET void project(const uint16_t* const* inputs, const uint16_t* tile, const uint16_t* next, size_t steps,
-                    const float* weights, uint16_t* outputs, size_t width) {
+template <int M, int kLines>
+TARGET void project(const uint16_t* const* inputs, const Tile& tile, size_t steps, const float* weights,
+                    uint16_t* outputs, size_t width) {
   __m512 sums[M][2];
-  multiply<M, kAsk>(inputs, tile, steps, next, sums);
+  multiply<M, kLines>(inputs, tile.weights, steps, tile.asked, sums);
   for (int m = 0; m < M; ++m) {
     const __m512 weight = _mm512_set1_ps(weights[m]);
     store(outputs + m * width, _mm512_mul_ps(sums[m][0], weight), _mm512_mul_ps(sums[m][1], weight));
   }
 }
 
-using Activate = decltype(&activate<1, false>);
-using Project = decltype(&project<1, false>);
-#define EACH(FUNCTION, ASK) \
-  {FUNCTION<1, ASK>, FUNCTION<2, ASK>, FUNCTION<3, ASK>, FUNCTION<4, ASK>, \
-   FUNCTION<5, ASK>, FUNCTION<6, ASK>, FUNCTION<7, ASK>, FUNCTION<8, ASK>}
-constexpr Activate kActivate[2][kRows] = {EACH(activate, false), EACH(activate, true)};
-constexpr Project kProject[2][kRows] = {EACH(project, false), EACH(project, true)};
+using Activate = decltype(&activate<1, 0>);
+using Project = decltype(&project<1, 0>);
+#define EACH(FUNCTION, LINES)                                                                  \
+  {FUNCTION<1, LINES>, FUNCTION<2, LINES>, FUNCTION<3, LINES>, FUNCTION<4, LINES>, \
+   FUNCTION<5, LINES>, FUNCTION<6, LINES>, FUNCTION<7, LINES>, FUNCTION<8, LINES>}
+constexpr Activate kActivate[3][kRows] = {EACH(activate, 0), EACH(activate, 1), EACH(activate, 2)};
+constexpr Project kProject[3][kRows] = {EACH(project, 0), EACH(project, 1), EACH(project, 2)};
 
-/// Pairs [first, last) are of one expert. Tile by tile, all of its rows: the first of them bring the tile into the
-/// cache.
-void run_expert(const Layer& layer, size_t slot, size_t first, size_t last, Pass& pass) {
+/// How the parts of an expert's rows ask memory ahead for tiles of `elements`.
+class Asking {
+ public:
+  Asking(size_t pairs, size_t parts, size_t elements)
+      : elements_(elements), whole_(4 * elements * sizeof(uint16_t) <= kCache), parts_(pairs < kAhead ? 0 : parts) {}
+
+  /// Cache lines that a part asks for in each step of a tile, which has two.
+  int lines(size_t part) const {
+    if (part >= std::min<size_t>(parts_, whole_ ? 2 : 1)) return 0;
+    return whole_ && parts_ > 1 ? 1 : 2;
+  }
+
+  /// Small tiles are asked for a whole tile ahead, by two parts a half each, so that memory has the time of both; large
+  /// ones, that the cache cannot hold twice, a few steps ahead, and what stands behind them is asked for at their end.
+  Tile tile(const uint16_t* weights, const uint16_t* next, size_t part) const {
+    if (!whole_) return {weights, weights + 2 * kTile * kSteps};
+    return {weights, next + (part == 1 ? elements_ / 2 : 0)};
+  }
+
+ private:
+  size_t elements_;
+  bool whole_;
+  size_t parts_;
+};
+
+/// Pairs [first, last) are of one expert; `after` is where the next one's weights begin. Tile by tile, all of its rows:
+/// the first of them bring the tile into the cache.
+void run_expert(const Layer& layer, size_t slot, size_t after, size_t first, size_t last, Pass& pass) {
   const size_t hidden = layer.hidden, inner = layer.intermediate, pairs = last - first;
   const size_t parts = (pairs + kRows - 1) / kRows;
-  const bool ask = pairs >= kAhead;
   const uint16_t* gates = layer.gate_up + slot * 2 * inner * hidden;
   const uint16_t* ups = gates + inner * hidden;
   const uint16_t* downs = layer.down + slot * hidden * inner;
+  const Asking first_asking(pairs, parts, kTile * hidden), second_asking(pairs, parts, kTile * inner);
   for (size_t column = 0; column < inner; column += kTile) {
-    const uint16_t* next = column + kTile < inner ? gates + (column + kTile) * hidden : downs;
+    const bool more = column + kTile < inner;
+    const uint16_t* next_gate = more ? gates + (column + kTile) * hidden : downs;
+    const uint16_t* next_up = more ? ups + (column + kTile) * hidden : downs + kTile * hidden;
     for (size_t part = 0; part < parts; ++part) {
       const size_t from = first + pairs * part / parts, to = first + pairs * (part + 1) / parts;
-      kActivate[ask && part == 0][to - from - 1](&pass.inputs[from], gates + column * hidden, ups + column * hidden,
-                                                 next, hidden / 2, &pass.activated[from * inner + column], inner);
+      kActivate[first_asking.lines(part)][to - from - 1](
+          &pass.inputs[from], first_asking.tile(gates + column * hidden, next_gate, part),
+          first_asking.tile(ups + column * hidden, next_up, part), hidden / 2, &pass.activated[from * inner + column],
+          inner);
     }
   }
   const uint16_t* inputs[kRows];
   for (size_t column = 0; column < hidden; column += kTile) {
     const uint16_t* tile = downs + column * inner;
+    const uint16_t* next = column + kTile < hidden ? tile + kTile * inner : layer.gate_up + after * 2 * inner * hidden;
     for (size_t part = 0; part < parts; ++part) {
       const size_t from = first + pairs * part / parts, to = first + pairs * (part + 1) / parts;
       for (size_t pair = from; pair < to; ++pair) inputs[pair - from] = &pass.activated[pair * inner];
-      kProject[ask && part == 0][to - from - 1](inputs, tile, tile + kTile * inner, inner / 2, &pass.weights[from],
-                                                &pass.outputs[from * hidden + column], hidden);
+      kProject[second_asking.lines(part)][to - from - 1](inputs, second_asking.tile(tile, next, part), inner / 2,
+                                                         &pass.weights[from], &pass.outputs[from * hidden + column],
+                                                         hidden);
     }
   }
 }
@@ -228,9 +258,11 @@ void run_pass(const Layer& layer, const uint16_t* x, const Pairs& pairs, const B
     pass.inputs[place] = x + pairs.rows[pair] * layer.hidden;
     pass.weights[place] = pairs.weights[pair];
   }
-  for (size_t slot = 0; slot < layer.experts; ++slot) {
-    const size_t from = pass.starts[slot], to = pass.starts[slot + 1];
-    if (from < to) run_expert(layer, slot, from, to, pass);
+  for (size_t slot = 0, after; slot < layer.experts; slot = after) {
+    after = slot + 1;
+    while (after < layer.experts && pass.starts[after] == pass.starts[after + 1]) ++after;
+    if (pass.starts[slot] == pass.starts[slot + 1]) continue;  // the first one alone
+    run_expert(layer, slot, after, pass.starts[slot], pass.starts[slot + 1], pass);
   }
   for (size_t row = first_row; row < last_row; ++row) {
     const size_t at = sorted.starts[row];
