@@ -501,6 +501,8 @@ void Client::read(Stream& stream) {
 
 void Client::wait(Lock& lock, Step& step, gpr_timespec patience) {
   const gpr_timespec wake = gpr_time_min(patience, step.deadline);
+  const uint64_t patient_until = now_ns() + 1000 * static_cast<uint64_t>(until(wake).count());
+  const uint64_t awake_until = std::min(step.awake_until_ns, patient_until);
   bool polled = false;  // what has arrived already is seen without any patience
   while (step.unanswered > 0) {
     if (until(step.deadline).count() == 0) {
@@ -515,7 +517,7 @@ void Client::wait(Lock& lock, Step& step, gpr_timespec patience) {
     }
     if (until(wake).count() == 0 && polled) break;
     if (!polling_) {
-      polled = !poll(lock, wake, step.awake_until_ns);
+      polled = !poll(lock, wake, awake_until);
     } else {
       ++waiters_;
       turn_.wait_for(lock, until(wake));

@@ -1,5 +1,6 @@
 #include "server.h"
 
+#include <grpc/support/log.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -391,6 +392,7 @@ void Server::compute(Computation& computation) {
   try {
     sums = computation.run(batch);
   } catch (const std::exception& error) {  // whatever fails in a kernel becomes a status
+    gpr_log(GPR_ERROR, "layer %u: a batch of %u rows failed: %s", batch_.layer, batch_.rows, error.what());
     fail(error.what());
     return;
   }
