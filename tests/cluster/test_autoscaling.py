@@ -12,7 +12,7 @@ from test_status import load, status, wait_until
 
 pytestmark = pytest.mark.cluster
 
-SMALL = {"target_busy": 0.01, "up_after_s": 1, "down_after_s": 2}
+SMALL = {"target_busy": 0.001, "up_after_s": 1, "down_after_s": 2}
 """Of what the demo's replicas do under load, a fraction."""
 
 
