@@ -35,7 +35,7 @@ ROUNDS = 7
 CALLS = 300
 HANDLE_CALLS = 30
 POLLING_S = 1e-3
-"""Longer than the native transport ever polls for one answer that comes."""
+"""The longest that an end of the native transport polls before it sleeps."""
 CASES = [(rows, count) for count in REPLICAS for rows in ROWS]
 SHARES = {0.5: "p50", 0.99: "p99"}
 

@@ -125,16 +125,14 @@ def serve_replica(given: argparse.Namespace) -> None:
     from expert_service.replica import Replica
     from expertmesh.args import GroupArgs
 
-    native_core = importlib.import_module(NATIVE_MODULE) if importlib.util.find_spec(NATIVE_MODULE) else None
-
     class Echo(Executor):
+        computation: Any
+        """Where it is set, the native server echoes by itself."""
+
         def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
             if given.us_per_row:
                 time.sleep(1e-6 * given.us_per_row * len(hidden_states))
             return hidden_states.float()
-
-    class NativeEcho(Echo):
-        computation = native_core.Echo() if native_core else None
 
     torch.set_num_threads(1)
     args = GroupArgs(
@@ -144,8 +142,9 @@ def serve_replica(given: argparse.Namespace) -> None:
         transport=given.transport,
         max_queued_rows=given.max_queued_rows,
     )
-    in_python = given.python_executor or given.us_per_row or given.transport == "python"
-    executor = Echo() if in_python or native_core is None else NativeEcho()
+    executor = Echo()
+    if not given.python_executor and not given.us_per_row and importlib.util.find_spec(NATIVE_MODULE):
+        executor.computation = importlib.import_module(NATIVE_MODULE).Echo()
     replica = Replica(args, given.directory, executor=executor)
     print(replica.address, flush=True)
     sys.stdin.read()

@@ -1,4 +1,5 @@
-// What one exchange with a replica usually takes, and from when on an answer is late: router_service/latency.py in C++.
+// What one exchange with a replica usually takes, and from when on an answer is late: router_service/latency.py in C++,
+// which has no `usual`, since nothing polls there.
 #pragma once
 
 #include <algorithm>

@@ -5,22 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import grpc
 import numpy
 import pytest
 import torch
 from marks import native_core, needs_avx512_bf16
+from test_native_server import run, serving
 
-from expert_service.endpoint import Offer, make_endpoint
 from expert_service.executor import Executor, Pairs
 from expert_service.packing import pack_tiles
-from expert_service.request import Served
 from expertmesh.v1 import expert_pb2 as pb
-from expertmesh.wire.channel import CHANNEL_OPTIONS, FINGERPRINT_KEY
 from expertmesh.wire.tensors import decode, encode
 
 expertmesh_native = native_core()
@@ -43,34 +38,6 @@ class Native(Executor):
 
     def run(self, layer: int, hidden_states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
         raise AssertionError("Python was called")
-
-
-@contextmanager
-def serving(executor: Executor) -> Iterator[tuple[str, Any]]:
-    held = SLOTS >= 0
-    description = pb.DescribeResponse(replica_id="r", group="g", fingerprint="f", hidden_size=HIDDEN)
-    offer = Offer(description, Served(HIDDEN, {1: held, 2: held}, 64, 256), 512, 1)
-    endpoint = make_endpoint(offer, executor, "native")
-    endpoint.set_state(pb.REPLICA_STATE_READY)
-    try:
-        yield endpoint.listen("127.0.0.1", None), endpoint
-    finally:
-        endpoint.close(10)
-        endpoint.stop(1)
-
-
-def dispatch(address: str, test: Callable[[Any], Awaitable[None]]) -> None:
-    async def with_stream() -> None:
-        async with grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) as channel:
-            call = channel.stream_stream(
-                "/expertmesh.v1.ExpertService/Dispatch",
-                request_serializer=pb.DispatchRequest.SerializeToString,
-                response_deserializer=pb.DispatchResponse.FromString,
-            )
-            async with asyncio.timeout(60):
-                await test(call(metadata=((FINGERPRINT_KEY, "f"),)))
-
-    asyncio.run(with_stream())
 
 
 def request(x: torch.Tensor, pairs: Pairs, layer: int = 1, output: pb.DType.ValueType = pb.DTYPE_FLOAT32) -> Any:
@@ -129,8 +96,8 @@ def test_rows_of_any_type_get_the_sums_that_the_kernel_gives(dtype: torch.dtype)
             assert answer.status.code == pb.CODE_OK, answer.status
             assert torch.equal(decode(answer.output), sums.float()) and sums.abs().sum() > 0
 
-    with serving(Native(computation)) as (address, _):
-        dispatch(address, test)
+    with serving(Native(computation), HIDDEN, SLOTS >= 0) as (address, _):
+        run(address, test)
 
 
 @pytest.mark.parametrize("output", [pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16, pb.DTYPE_FLOAT16])
@@ -142,8 +109,8 @@ def test_an_echo_answers_with_the_rows_and_python_is_not_called(output: pb.DType
         answered = decode((await call.read()).output)
         assert torch.equal(answered, x.to(answered.dtype))
 
-    with serving(Native(expertmesh_native.Echo())) as (address, _):
-        dispatch(address, test)
+    with serving(Native(expertmesh_native.Echo()), HIDDEN, SLOTS >= 0) as (address, _):
+        run(address, test)
 
 
 def test_the_executor_can_be_exchanged_while_it_serves() -> None:
@@ -156,8 +123,8 @@ def test_the_executor_can_be_exchanged_while_it_serves() -> None:
             await call.write(request(x, pairs))
             assert torch.equal(decode((await call.read()).output), factor * x)
 
-    with serving(Native(expertmesh_native.Echo())) as (address, endpoint):
-        dispatch(address, test)
+    with serving(Native(expertmesh_native.Echo()), HIDDEN, SLOTS >= 0) as (address, endpoint):
+        run(address, test)
 
 
 @needs_avx512_bf16
@@ -171,8 +138,8 @@ def test_what_a_computation_throws_is_the_answer_and_the_next_batch_is_computed(
         await call.write(request(x, pairs))
         assert (await call.read()).status.code == pb.CODE_OK
 
-    with serving(Native(experts())) as (address, _):
-        dispatch(address, test)
+    with serving(Native(experts()), HIDDEN, SLOTS >= 0) as (address, _):
+        run(address, test)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
@@ -201,8 +168,8 @@ def test_a_replica_that_polled_for_a_busy_caller_sleeps_once_the_caller_rests() 
         await asyncio.sleep(1)
         assert time.process_time() - used < 0.1 * (time.monotonic() - began)
 
-    with serving(Native(expertmesh_native.Echo())) as (address, _):
-        dispatch(address, test)
+    with serving(Native(expertmesh_native.Echo()), HIDDEN, SLOTS >= 0) as (address, _):
+        run(address, test)
 
 
 def test_others_run_while_batches_are_computed() -> None:
@@ -226,5 +193,5 @@ def test_others_run_while_batches_are_computed() -> None:
         await asyncio.to_thread(thread.join)
         assert turns > 0 and endpoint.load().rows_total == 200 * 64
 
-    with serving(Native(expertmesh_native.Echo())) as (address, endpoint):
-        dispatch(address, test)
+    with serving(Native(expertmesh_native.Echo()), HIDDEN, SLOTS >= 0) as (address, endpoint):
+        run(address, test)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from marks import native_core
+from numpy.typing import NDArray
 
 from expert_service.endpoint import Offer, make_endpoint
 from expert_service.executor import Executor, Pairs
@@ -53,19 +55,27 @@ class Doubles(Executor):
         return self.layout(doubled)
 
 
-@pytest.fixture
-def served() -> Iterator[tuple[str, NativeEndpoint, Doubles]]:
-    held = numpy.ones(4, dtype=numpy.bool_)
-    description = pb.DescribeResponse(replica_id="r", group="g", fingerprint="f", hidden_size=HIDDEN)
-    offer = Offer(description, Served(HIDDEN, {1: held, 2: held}, 4096, 8192), 65536, 1)
-    executor = Doubles()
+@contextmanager
+def serving(executor: Executor, hidden_size: int, held: NDArray[numpy.bool_]) -> Iterator[tuple[str, NativeEndpoint]]:
+    """The address of an endpoint that holds the same experts in layers 1 and 2."""
+    description = pb.DescribeResponse(replica_id="r", group="g", fingerprint="f", hidden_size=hidden_size)
+    offer = Offer(description, Served(hidden_size, {1: held, 2: held}, 4096, 8192), 65536, 1)
     endpoint = make_endpoint(offer, executor, "native")
     assert isinstance(endpoint, NativeEndpoint)
     endpoint.set_state(pb.REPLICA_STATE_READY)
-    yield endpoint.listen("127.0.0.1", None), endpoint, executor
-    executor.opened.set()
-    endpoint.close(10)
-    endpoint.stop(1)
+    try:
+        yield endpoint.listen("127.0.0.1", None), endpoint
+    finally:
+        endpoint.close(10)
+        endpoint.stop(1)
+
+
+@pytest.fixture
+def served() -> Iterator[tuple[str, NativeEndpoint, Doubles]]:
+    executor = Doubles()
+    with serving(executor, HIDDEN, numpy.ones(4, dtype=numpy.bool_)) as (address, endpoint):
+        yield address, endpoint, executor
+        executor.opened.set()
 
 
 def rows(count: int, seed: int = 0) -> torch.Tensor:
